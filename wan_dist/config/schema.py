@@ -1,0 +1,173 @@
+"""The training configuration: strict pydantic models, one section per concern, every unit named.
+
+`load.py` turns a YAML file and command line overrides into `TrainConfig`. Only builders read these objects;
+inner code takes plain arguments.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+CONFIG_VERSION = 1
+
+VariantName = Literal["ti2v-5B", "t2v-A14B", "i2v-A14B"]
+ExpertName = Literal["high_noise", "low_noise"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys fail, values are not coerced, instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """Which weights are trained."""
+
+    path: str = Field(min_length=1, description="Diffusers folder of the pipeline. Local path.")
+    variant: VariantName = Field(description="Official name of the WAN 2.2 variant.")
+    expert: ExpertName | None = Field(
+        default=None, description="Expert of an A14B variant that this job trains; null for ti2v-5B."
+    )
+    dtype: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Compute dtype of the transformer. Masters and optimizer state are fp32."
+    )
+
+
+class MethodConfig(Section):
+    """What of the model is trained."""
+
+    kind: Literal["full"] = Field(default="full", description="full: every transformer weight.")
+
+
+class DataConfig(Section):
+    """Where clips come from and what the model sees of them."""
+
+    shards: str = Field(min_length=1, description="Folder written by `wan-data pack`.")
+    sizes: list[tuple[int, int]] = Field(
+        min_length=1, description="Spatial buckets as [width_px, height_px]. A clip goes to the nearest aspect ratio."
+    )
+    num_frames: list[int] = Field(
+        min_length=1, description="Temporal buckets, 4n+1 frames. A clip goes to the longest that it fills."
+    )
+    fps: float = Field(gt=0, description="Frames per second that clips are resampled to.")
+    frame_choice: Literal["head", "center", "random"] = Field(
+        default="head", description="Which part of a clip that is longer than its bucket is used."
+    )
+    crop: Literal["center", "random"] = Field(default="center", description="Which part is kept after the cover-resize.")
+    allow_duplicate_frames: bool = Field(
+        default=False, description="Use clips whose frame rate is under 0.9 times `fps` by repeating frames."
+    )
+    allow_upscale: bool = Field(default=False, description="Use clips that are smaller than their bucket.")
+    caption_dropout: Fraction = Field(default=0.1, description="Share of samples trained on the empty prompt.")
+    num_workers: int = Field(default=2, ge=0, description="Threads per rank that read and decode ahead.")
+    memory_cache_gib: float = Field(
+        default=1.0, ge=0, description="Host memory per rank for encoded latents and text that are used again, GiB."
+    )
+    max_bad_fraction: Fraction = Field(
+        default=0.05, description="Training stops once more than this share of the samples read was unreadable."
+    )
+
+    @field_validator("sizes", mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, value: object) -> object:
+        # YAML has lists only; strict mode would refuse them for tuples.
+        return [tuple(v) if isinstance(v, list) else v for v in value] if isinstance(value, list) else value
+
+
+class FlowConfig(Section):
+    """How noise levels are drawn. Maths: `wan_dist.core.flow_matching`."""
+
+    shift: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        default="auto", description="Flow shift; auto is the variant's official value (5, 12 or 5)."
+    )
+    sampling: Literal["uniform", "logit_normal"] = Field(
+        default="uniform", description="Distribution of u in [0, 1] before the shift."
+    )
+    logit_mean: float = Field(default=0.0, description="Mean of logit(u), for logit_normal.")
+    logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u), for logit_normal.")
+
+
+class OptimConfig(Section):
+    """Optimizer and learning rate schedule."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
+    lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's decay rates.")
+    eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
+    min_lr_ratio: Fraction = Field(default=0.0, description="Share of `lr` at the last step, for linear and cosine.")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Global gradient norm limit; 0 turns clipping off.")
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class LoopConfig(Section):
+    """Length and batch of the training loop."""
+
+    num_steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    global_batch_size: int = Field(default=1, gt=0, description="Clips per optimizer step, over all ranks.")
+    micro_batch_size: int = Field(default=1, gt=0, description="Clips per forward pass on one rank.")
+    gradient_checkpointing: Literal["none", "block"] = Field(
+        default="block", description="block: keep each block's input and recompute the rest."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the sample order, noise, sigma, crops and dropout.")
+
+
+class ParallelConfig(Section):
+    """DeepSpeed ZeRO-3 and its memory options."""
+
+    offload_optimizer: Literal["none", "cpu"] = Field(default="none", description="Where optimizer states live.")
+    offload_param: Literal["none", "cpu"] = Field(default="none", description="Where partitioned weights live.")
+    timeout_s: float = Field(default=1800.0, gt=0, description="Seconds after which a stuck collective ends the job.")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="Further DeepSpeed keys. One that wan_dist sets itself is an error."
+    )
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and how it continues."""
+
+    save_every: int = Field(default=500, ge=0, description="Steps between checkpoints; 0 saves at the end only.")
+    keep_last: int = Field(default=3, gt=0, description="Checkpoints kept.")
+    resume: Literal["auto", "require", "never"] = Field(
+        default="auto", description="auto continues if a whole checkpoint exists, require fails without one."
+    )
+
+
+class LogConfig(Section):
+    """What is written while training runs."""
+
+    every: int = Field(default=10, gt=0, description="Steps between lines, TensorBoard points and metrics.jsonl rows.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events into the run folder.")
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Log level of rank 0.")
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    version: Literal[1] = Field(default=CONFIG_VERSION, description="Version of this format.")
+    run_dir: str = Field(min_length=1, description="Run folder: checkpoints, metrics, resolved config.")
+    model: ModelConfig
+    method: MethodConfig = MethodConfig()
+    data: DataConfig
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    train: LoopConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "TrainConfig":
+        if self.train.global_batch_size % self.train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size = {self.train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size = {self.train.micro_batch_size}"
+            )
+        return self

@@ -1,0 +1,39 @@
+"""Errors that a user can cause. The command line prints them as one line, without a traceback."""
+
+
+class WanDistError(Exception):
+    """Base of every error whose message is written for the user.
+
+    Attributes:
+        exit_code: the process exit status, 1 for a failure and 2 for wrong usage or configuration.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(WanDistError):
+    """A configuration file, an override or a command line option is wrong."""
+
+    exit_code = 2
+
+
+class RequestError(WanDistError):
+    """A generation request is wrong."""
+
+    exit_code = 2
+
+
+class DataError(WanDistError):
+    """Clips, captions or shards are missing, damaged or unfit for the configuration."""
+
+
+class ModelError(WanDistError):
+    """A model folder or weight file is missing, damaged or of another kind than stated."""
+
+
+class CheckpointError(WanDistError):
+    """A run folder or checkpoint is missing, damaged or cannot be continued as asked."""
+
+
+class LaunchError(WanDistError):
+    """Ranks could not be started, or ended with a failure."""

@@ -1,0 +1,76 @@
+"""The DeepSpeed configuration, generated from plain values: one value has one owner."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from wan_dist.core.errors import ConfigError
+
+Device = Literal["none", "cpu"]
+
+
+def deepspeed_config(
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    world_size: int,
+    dtype: Literal["bf16", "fp32"],
+    max_grad_norm: float,
+    offload_optimizer: Device,
+    offload_param: Device,
+    pin_memory: bool,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the DeepSpeed ZeRO-3 configuration of a run.
+
+    Args:
+        micro_batch_size: clips per forward pass on one rank.
+        accumulation_steps: forward passes per optimizer step.
+        world_size: number of ranks.
+        dtype: compute dtype; masters, gradient accumulation and optimizer states are fp32 in both.
+        max_grad_norm: global gradient norm limit, 0 for none.
+        offload_optimizer: where optimizer states live.
+        offload_param: where partitioned weights live.
+        pin_memory: page-lock offloaded memory (an accelerator is used).
+        extra: further DeepSpeed keys, merged in.
+
+    Raises:
+        ConfigError: `extra` sets a key that is set here.
+    """
+    zero: dict[str, Any] = {
+        "stage": 3,
+        # The defaults keep two 1 GB buffers alive, which a 24 GB card has no room for (docs/design.md).
+        "reduce_bucket_size": 100_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+    }
+    if offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
+    if offload_param == "cpu":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
+    config: dict[str, Any] = {
+        "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "checkpoint": {"tag_validation": "Fail"},
+        "steps_per_print": 10**9,
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    _merge(config, extra, "parallel.deepspeed")
+    return config
+
+
+def _merge(config: dict[str, Any], extra: Mapping[str, Any], where: str) -> None:
+    for key, value in extra.items():
+        here = f"{where}.{key}"
+        mine = config.get(key)
+        if isinstance(mine, dict) and isinstance(value, Mapping):
+            _merge(mine, value, here)
+        elif key in config:
+            raise ConfigError(f"{here} = {value!r} collides with the value wan_dist sets ({mine!r}); remove it.")
+        else:
+            config[key] = dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,101 @@
+"""Starting the ranks of one machine through the DeepSpeed launcher, and ending them all."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from wan_dist.core.errors import LaunchError
+
+logger = logging.getLogger(__name__)
+
+# The ranks end themselves within `shutdown.GRACE_S`; what is left after this is killed.
+KILL_AFTER_S = 28.0
+_POLL_S = 0.1
+
+
+def deepspeed_command(num_ranks: int, program: Sequence[str], *, port: int) -> list[str]:
+    """Return the command that starts `python -m PROGRAM` on `num_ranks` ranks of this machine.
+
+    Args:
+        num_ranks: processes to start, one per accelerator.
+        program: module name and its arguments.
+        port: free TCP port on which the ranks meet.
+    """
+    cli = "from deepspeed.launcher.runner import main; main()"
+    module, *args = program
+    return [
+        *(sys.executable, "-c", cli, "--num_gpus", str(num_ranks), "--master_port", str(port)),
+        *("--no_local_rank", "--module", module, *args),
+    ]
+
+
+def run_ranks(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:
+    """Run a launcher command until every process that it started is gone; return its exit status.
+
+    The command gets a process group of its own. SIGINT and SIGTERM to this process go to the whole group, because
+    the `deepspeed` command would die of them and leave its ranks behind.
+
+    Raises:
+        LaunchError: the command could not be started.
+    """
+    try:
+        process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True, preexec_fn=_end_with_parent)
+    except OSError as error:
+        raise LaunchError(f"{command[0]}: cannot be started ({error.strerror}).") from None
+    received: list[int] = []
+
+    def forward(signum: int, _frame: FrameType | None) -> None:
+        received.append(signum)
+        _signal_group(process.pid, signum)
+
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = _wait_for_group(process, received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    return 128 + received[0] if received else status
+
+
+def _end_with_parent() -> None:
+    # kill -9 of this process must end the job too; the ranks then notice that their launcher is gone.
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _wait_for_group(process: subprocess.Popen[bytes], received: Sequence[int]) -> int:
+    deadline: float | None = None
+    while True:
+        status = process.poll()
+        if status is not None and not _group_alive(process.pid):
+            return status if status >= 0 else 128 - status
+        if deadline is None and (received or status is not None):
+            # A launcher that is gone leaves ranks only if it was killed; they notice and get the same grace.
+            deadline = time.monotonic() + KILL_AFTER_S
+        if deadline is not None and time.monotonic() > deadline:
+            logger.warning("ranks did not end within %.0f s and are killed", KILL_AFTER_S)
+            _signal_group(process.pid, signal.SIGKILL)
+            deadline = time.monotonic() + KILL_AFTER_S
+        time.sleep(_POLL_S)
+
+
+def _signal_group(group: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signum)
+
+
+def _group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,123 @@
+"""Ending a job: signals, a launcher that died, and ranks that no longer answer.
+
+A rank that is told to stop finishes its step, agrees with the others, saves and leaves. If that takes longer than
+the grace time (another rank is gone, a collective hangs), the process ends itself: no orphan survives.
+"""
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 25.0
+_LAUNCHER_POLL_S = 1.0
+_SECOND_INTERRUPT_S = 1.0
+
+
+@dataclass
+class StopRequest:
+    """Whether this process was told to stop, and by what.
+
+    Attributes:
+        signum: the first signal received, None while the job may go on.
+        grace_s: seconds between the first signal and the forced end.
+    """
+
+    signum: int | None = None
+    grace_s: float = GRACE_S
+    _since: float = field(default=0.0, repr=False)
+
+    @property
+    def requested(self) -> bool:
+        """Whether the job should end at the next step boundary."""
+        return self.signum is not None
+
+    def exit_code(self) -> int:
+        """Return the shell's code for an end by this signal, e.g. 143 for SIGTERM; 0 if none came."""
+        return 0 if self.signum is None else 128 + self.signum
+
+    def handle(self, signum: int, _frame: FrameType | None = None) -> None:
+        """Note the signal, start the grace time; a second Ctrl-C ends the process at once."""
+        now = time.monotonic()
+        if self.signum is None:
+            self.signum, self._since = signum, now
+            os.write(2, f"{signal.Signals(signum).name}: stopping after this step\n".encode())
+            timer = threading.Timer(self.grace_s, force_exit, args=(128 + signum, f"{self.grace_s:.0f} s of grace"))
+            timer.daemon = True
+            timer.start()
+        elif signum == signal.SIGINT and now - self._since > _SECOND_INTERRUPT_S:
+            # Launchers repeat signals within milliseconds; a person pressing Ctrl-C again means it.
+            os._exit(128 + signum)
+
+    def install(self) -> None:
+        """Handle SIGTERM and SIGINT with this object and end with the launcher; main thread only."""
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+        watch_launcher()
+
+
+def force_exit(code: int, why: str) -> None:
+    """End this process now, its stacks on stderr: a collective that waits for a dead rank never returns."""
+    print(f"wan-dist: ending by force after {why}; every thread stood here:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(file=sys.stderr)
+    os._exit(code)
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        # The command name, in brackets, may itself hold brackets and spaces.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"deepspeed" in command or b"torchrun" in command or b"torch.distributed" in command
+
+
+def launcher_pids() -> list[int]:
+    """Return the launcher processes above this one, nearest first; empty for a rank started by hand."""
+    pids: list[int] = []
+    pid = os.getppid()
+    while pid > 1 and _is_launcher(pid):
+        pids.append(pid)
+        pid = _parent_of(pid)
+    return pids
+
+
+def watch_launcher() -> threading.Thread | None:
+    """Send this process SIGTERM once a launcher above it is gone.
+
+    The `deepspeed` command dies of SIGTERM without telling its `deepspeed.launcher.launch` child (0.19.8), and
+    nothing outlives kill -9: without this the ranks train on as orphans.
+    """
+    chain = launcher_pids()
+    if not chain or not Path("/proc").is_dir():
+        return None
+
+    def watch() -> None:
+        above = {pid: _parent_of(pid) for pid in chain}
+        while True:
+            time.sleep(_LAUNCHER_POLL_S)
+            gone = os.getppid() != chain[0] or any(
+                _parent_of(pid) != parent for pid, parent in above.items() if pid != chain[-1]
+            )
+            if gone:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, name="watch-launcher", daemon=True)
+    thread.start()
+    return thread
