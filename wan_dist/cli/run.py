@@ -55,7 +55,9 @@ def _status_of(app: typer.Typer, prog: str) -> int:
 
 
 def _report(prog: str, message: str, status: int) -> int:
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    # A configuration's problems are reported together, each in a line of its own.
+    for line in message.splitlines() or [""]:
+        print(f"{prog}: {' '.join(line.split())}", file=sys.stderr)
     return status
 
 

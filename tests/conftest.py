@@ -1,0 +1,28 @@
+"""The environment of every test, and the skips of those that need an accelerator."""
+
+import os
+
+import pytest
+
+
+def pytest_configure() -> None:
+    # Before anything imports torch: ranks of a distributed test share two cores, and nothing may reach the network.
+    # Set here and not in a fixture so that the processes tests start inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+    from wan_dist.parallel.environment import prepare_environment
+
+    # One TORCH_EXTENSIONS_DIR for all tests, so that DeepSpeed's operators are compiled once.
+    prepare_environment()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an accelerator, and torch finds none")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

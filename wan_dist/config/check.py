@@ -1,0 +1,134 @@
+"""What makes a well-typed config wrong all the same: the variant's constants, and what is on the disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wan_dist.config.schema import TrainConfig
+from wan_dist.config.yaml_text import Problem
+from wan_dist.core.errors import ConfigError, DataError, ModelError, WanDistError
+from wan_dist.models.wan.variants import WanVariant, get_variant
+from wan_dist.parallel.ds_config import deepspeed_config
+
+
+def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return what contradicts the variant or another key.
+
+    Args:
+        values: dotted key to value, well-typed; a check whose keys are not all there is left out.
+    """
+    problems = _optim_problems(values) + _deepspeed_problems(values)
+    if "model.variant" in values:
+        variant = get_variant(values["model.variant"])
+        problems += _expert_problems(variant, values)
+        problems += _size_problems(variant, values.get("data.sizes", []))
+    return problems + _frame_problems(values.get("data.num_frames", []))
+
+
+def check_paths(cfg: TrainConfig) -> None:
+    """Return if the model folder and the shards that a config names are there.
+
+    Relative paths are relative to the current folder, wherever the config file lies.
+
+    Args:
+        cfg: a loaded configuration.
+    Raises:
+        ModelError: `model.path` is not a diffusers folder.
+        DataError: `data.shards` is not a folder of packed shards.
+    """
+    found: list[WanDistError] = []
+    model_path, shards = Path(cfg.model.path), Path(cfg.data.shards)
+    if text := _folder_problem(model_path, "model_index.json"):
+        advice = "give the diffusers folder of the pipeline"
+        found.append(ModelError(f"model.path = {cfg.model.path}: {text}; {advice}."))
+    if text := _folder_problem(shards, "manifest.json"):
+        advice = f"write it with `wan-data pack CLIPS {cfg.data.shards}`"
+        found.append(DataError(f"data.shards = {cfg.data.shards}: {text}; {advice}."))
+    if found:
+        raise type(found[0])("\n".join(str(error) for error in found))
+
+
+def _folder_problem(folder: Path, marker: str) -> str | None:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.is_file() else "there is no such folder"
+        return what if folder.is_absolute() else f"{what} under {Path.cwd()}"
+    return None if (folder / marker).is_file() else f"the folder holds no {marker}"
+
+
+def _optim_problems(values: Mapping[str, Any]) -> list[Problem]:
+    problems = [
+        Problem(("optim", "betas", index), f"optim.betas[{index}] = {beta} is not in [0, 1); use for example 0.9.")
+        for index, beta in enumerate(values.get("optim.betas", ()))
+        if not 0 <= beta < 1
+    ]
+    warmup, steps = values.get("optim.warmup_steps"), values.get("train.num_steps")
+    if warmup is not None and steps is not None and warmup > steps:
+        text = f"optim.warmup_steps = {warmup} is more than train.num_steps = {steps}; use at most {steps}."
+        problems.append(Problem(("optim", "warmup_steps"), text))
+    return problems
+
+
+def _deepspeed_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return the further DeepSpeed key that collides with one of ours; the numbers here decide nothing."""
+    try:
+        deepspeed_config(
+            micro_batch_size=1,
+            accumulation_steps=1,
+            world_size=1,
+            dtype=values.get("model.dtype", "bf16"),
+            max_grad_norm=values.get("optim.max_grad_norm", 1.0),
+            offload_optimizer=values.get("parallel.offload_optimizer", "none"),
+            offload_param=values.get("parallel.offload_param", "none"),
+            pin_memory=False,
+            extra=values.get("parallel.deepspeed", {}),
+        )
+    except ConfigError as error:
+        return [Problem(("parallel", "deepspeed"), str(error))]
+    return []
+
+
+def _expert_problems(variant: WanVariant, values: Mapping[str, Any]) -> list[Problem]:
+    if "model.expert" not in values:
+        return []
+    expert, path = values["model.expert"], ("model", "expert")
+    if variant.num_transformers == 1:
+        if expert is None:
+            return []
+        return [
+            Problem(path, f"model.expert = {expert}: {variant.name} has one transformer; remove the key or use null.")
+        ]
+    if expert in variant.experts:
+        return []
+    shown = "null" if expert is None else expert
+    text = f"model.expert = {shown}: a {variant.name} job trains one expert; use {' or '.join(variant.experts)}."
+    return [Problem(path, text)]
+
+
+def _size_problems(variant: WanVariant, sizes: list[Any]) -> list[Problem]:
+    problems = []
+    multiple = variant.pixel_multiple
+    for index, (width, height) in enumerate(sizes):
+        for name, pixels in (("width", width), ("height", height)):
+            if pixels >= multiple and pixels % multiple == 0:
+                continue
+            below = pixels // multiple * multiple
+            allowed = f"{below} or {below + multiple}" if below > 0 else f"{multiple} or more"
+            text = f"data.sizes = {width}x{height}: {name} is not a multiple of {multiple}; use {allowed}."
+            problems.append(Problem(("data", "sizes", index), text))
+        if list(map(tuple, sizes)).index((width, height)) < index:
+            text = f"data.sizes = {width}x{height} is listed twice; keep one."
+            problems.append(Problem(("data", "sizes", index), text))
+    return problems
+
+
+def _frame_problems(counts: list[int]) -> list[Problem]:
+    problems = []
+    for index, count in enumerate(counts):
+        path = ("data", "num_frames", index)
+        if count < 1 or count % 4 != 1:
+            below = max((count - 1) // 4 * 4 + 1, 1)
+            text = f"data.num_frames = {count} is not 4n+1; use {below} or {below + 4}."
+            problems.append(Problem(path, text))
+        elif counts.index(count) < index:
+            problems.append(Problem(path, f"data.num_frames = {count} is listed twice; keep one."))
+    return problems
