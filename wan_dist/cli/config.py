@@ -17,7 +17,7 @@ _EXAMPLE = "configs/train/ti2v-5b.yaml"
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.num_steps=10.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides such as train.num_steps=10.", show_default=False),
 ]
 
 

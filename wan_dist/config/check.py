@@ -56,16 +56,11 @@ def _folder_problem(folder: Path, marker: str) -> str | None:
 
 
 def _optim_problems(values: Mapping[str, Any]) -> list[Problem]:
-    problems = [
+    return [
         Problem(("optim", "betas", index), f"optim.betas[{index}] = {beta} is not in [0, 1); use for example 0.9.")
         for index, beta in enumerate(values.get("optim.betas", ()))
         if not 0 <= beta < 1
     ]
-    warmup, steps = values.get("optim.warmup_steps"), values.get("train.num_steps")
-    if warmup is not None and steps is not None and warmup > steps:
-        text = f"optim.warmup_steps = {warmup} is more than train.num_steps = {steps}; use at most {steps}."
-        problems.append(Problem(("optim", "warmup_steps"), text))
-    return problems
 
 
 def _deepspeed_problems(values: Mapping[str, Any]) -> list[Problem]:

@@ -95,11 +95,9 @@ def _real_path(loc: tuple[str | int, ...], kind: str, document: Any) -> KeyPath:
         return loc
     path: list[str | int] = []
     for part in loc:
-        if isinstance(document, dict) and part in document:
+        try:
             document = document[part]
-        elif isinstance(document, list) and isinstance(part, int) and part < len(document):
-            document = document[part]
-        else:
+        except (KeyError, IndexError, TypeError):
             break
         path.append(part)
     return tuple(path)
@@ -139,9 +137,10 @@ def _missing(path: KeyPath, document: Any) -> str:
         document = document[part]
     if not isinstance(document, dict):
         return f"{dotted(path[:-1])} = {show_value(document)} has too few items."
-    field = section_fields(str(path[0])).get(str(path[1])) if len(path) == 2 else None
-    if field is not None:
-        return f"{dotted(path)} is missing; set it. {field.description}"
-    required = [name for name, inner in section_fields(str(path[0])).items() if inner.is_required()]
-    holds = f"; add it with at least {', '.join(required)}." if required else "; set it."
-    return f"{dotted(path)} is missing{holds}"
+    section, *rest = (str(part) for part in path)
+    inner = section_fields(section)
+    if inner and not rest:
+        required = [name for name, field in inner.items() if field.is_required()]
+        return f"{section} is missing; add it with at least {', '.join(required)}."
+    field = inner[rest[0]] if rest else TrainConfig.model_fields[section]
+    return f"{dotted(path)} is missing; set it. {field.description}"

@@ -54,7 +54,9 @@ class DataConfig(Section):
     frame_choice: Literal["head", "center", "random"] = Field(
         default="head", description="Which part of a clip that is longer than its bucket is used."
     )
-    crop: Literal["center", "random"] = Field(default="center", description="Which part is kept after the cover-resize.")
+    crop: Literal["center", "random"] = Field(
+        default="center", description="Which part is kept after the cover-resize."
+    )
     allow_duplicate_frames: bool = Field(
         default=False, description="Use clips whose frame rate is under 0.9 times `fps` by repeating frames."
     )

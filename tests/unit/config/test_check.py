@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from wan_dist.config.check import check_paths
+from wan_dist.config.load import load_config
+from wan_dist.config.resources import configs_dir
+from wan_dist.core.errors import ConfigError, DataError, ModelError
+
+A14B = configs_dir() / "train" / "t2v-a14b-high.yaml"
+TI2V = configs_dir() / "train" / "ti2v-5b.yaml"
+
+
+def problems_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "below", "above"), [(80, 77, 81), (82, 81, 85), (4, 1, 5), (0, 1, 5), (-3, 1, 5)])
+def test_frames_must_be_4n_plus_1(count: int, below: int, above: int):
+    text = problems_of(A14B, f"data.num_frames=[81, {count}]")
+    assert f"data.num_frames = {count} is not 4n+1; use {below} or {above}." in text
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "message"),
+    [
+        (A14B, "[830, 480]", "data.sizes = 830x480: width is not a multiple of 16; use 816 or 832."),
+        (A14B, "[832, 481]", "data.sizes = 832x481: height is not a multiple of 16; use 480 or 496."),
+        (A14B, "[8, 480]", "data.sizes = 8x480: width is not a multiple of 16; use 16 or more."),
+        (A14B, "[-16, 480]", "data.sizes = -16x480: width is not a multiple of 16; use 16 or more."),
+        (TI2V, "[1280, 720]", "data.sizes = 1280x720: height is not a multiple of 32; use 704 or 736."),
+    ],
+)
+def test_sizes_must_fit_the_variant(path: Path, size: str, message: str):
+    assert message in problems_of(path, f"data.sizes=[{size}]")
+
+
+def test_values_listed_twice_are_named():
+    assert "832x480 is listed twice" in problems_of(A14B, "data.sizes=[[832, 480], [832, 480]]")
+    assert "data.num_frames = 81 is listed twice" in problems_of(A14B, "data.num_frames=[81, 81]")
+
+
+def test_expert_is_required_for_two_and_refused_for_one():
+    assert "use high_noise or low_noise" in problems_of(A14B, "model.expert=null")
+    assert "ti2v-5B has one transformer; remove the key" in problems_of(TI2V, "model.expert=low_noise")
+
+
+def test_optimizer_values_are_checked():
+    assert "optim.betas[1] = 1.0 is not in [0, 1)" in problems_of(TI2V, "optim.betas=[0.9, 1.0]")
+
+
+def test_deepspeed_key_that_is_ours_is_refused_at_load():
+    text = problems_of(TI2V, "parallel.deepspeed.train_batch_size=4", "data.num_frames=[80]")
+    assert "parallel.deepspeed.train_batch_size = 4 collides" in text
+    assert "data.num_frames = 80" in text
+
+
+def test_missing_folders_are_named_in_a_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(TI2V, ["model.path=m", "data.shards=s"])
+    with pytest.raises(ModelError) as caught:
+        check_paths(cfg)
+    model_line, data_line = str(caught.value).splitlines()
+    assert model_line.startswith(f"model.path = m: there is no such folder under {tmp_path}")
+    assert data_line.endswith("write it with `wan-data pack CLIPS s`.")
+
+    Path("m").mkdir()
+    with pytest.raises(ModelError, match=r"holds no model_index\.json"):
+        check_paths(cfg)
+    Path("m/model_index.json").write_text("{}")
+    Path("s").write_text("")
+    with pytest.raises(DataError, match="is a file, not a folder"):
+        check_paths(cfg)
+    Path("s").unlink()
+    Path("s").mkdir()
+    Path("s/manifest.json").write_text("{}")
+    check_paths(cfg)
