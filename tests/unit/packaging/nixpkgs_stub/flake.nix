@@ -1,0 +1,7 @@
+{
+  outputs =
+    { self }:
+    {
+      lib = import ./lib.nix;
+    };
+}
