@@ -1,0 +1,1 @@
+"""The `wan-data` commands; what they do is in `wan_dist.data`."""

@@ -1,0 +1,18 @@
+"""The `wan-data` command line."""
+
+from typing import Final
+
+import typer
+
+from data_tools.inspect_shards import inspect
+from data_tools.pack import pack
+
+app: Final = typer.Typer(
+    help="Prepare clips for training with wan_dist.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command()(pack)
+app.command()(inspect)

@@ -1,0 +1,182 @@
+"""Decode the frames of one training sample: the right ones, upright, resized and cropped to a bucket."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation
+from numpy.typing import NDArray
+
+from wan_dist.core.buckets import Bucket
+from wan_dist.core.errors import DataError
+from wan_dist.data.media import MediaError, Timeline, display_size, open_media, read_timeline, sample_aspect
+from wan_dist.data.timing import available_frames, choose_frames
+
+DECODE_RULES: Final = 1
+"""Counted up with every change that alters pixels, so that caches of encoded clips notice."""
+
+
+@dataclass(frozen=True)
+class CropWindow:
+    """Where a bucket lies in a clip that was resized to cover it, px.
+
+    Attributes:
+        width: width of the whole clip after the resize.
+        height: height of the whole clip after the resize.
+        x: left edge of the part that is kept.
+        y: top edge of the part that is kept.
+    """
+
+    width: int
+    height: int
+    x: int
+    y: int
+
+
+def crop_window(width: int, height: int, bucket: Bucket, crop_xy: tuple[float, float]) -> CropWindow:
+    """Return the cover-resize and crop that bring a clip to a bucket.
+
+    Args:
+        width: display width of the clip, px.
+        height: display height of the clip, px.
+        bucket: the shape wanted.
+        crop_xy: place of the crop in [0, 1) along each axis; 0.5 is the centre.
+    """
+    scale = max(bucket.width / width, bucket.height / height)
+    covered = max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))
+    x = int(crop_xy[0] * (covered[0] - bucket.width + 1))
+    y = int(crop_xy[1] * (covered[1] - bucket.height + 1))
+    return CropWindow(covered[0], covered[1], x, y)
+
+
+def decode_clip(
+    source: Path | bytes,
+    bucket: Bucket,
+    *,
+    fps: float,
+    choice: float = 0.0,
+    crop_xy: tuple[float, float] = (0.5, 0.5),
+    allow_duplicate_frames: bool = False,
+    name: str = "clip",
+) -> NDArray[np.uint8]:
+    """Return a clip's frames in a bucket's shape, [F, H, W, 3] RGB in 0..255.
+
+    Frames are found by their presentation stamps. Rotation and pixel aspect ratio are applied, the clip is resized
+    (bicubic, swscale) to cover the bucket and cropped, and transparency is laid over black.
+
+    Args:
+        source: the file, or its bytes.
+        bucket: width and height in px, and frames.
+        fps: frame rate wanted, frames per second.
+        choice: place of the window in time, in [0, 1); 0 is the head of the clip, 0.5 its centre.
+        crop_xy: place of the crop in [0, 1) along width and height.
+        allow_duplicate_frames: repeat frames where the clip is too slow or has holes.
+        name: how an error names the clip.
+    Raises:
+        DataError: the clip is damaged, or gives fewer frames than the bucket has.
+    """
+    try:
+        with open_media(source) as (container, video):
+            timeline = read_timeline(container, video)
+        chosen = _chosen_pts(timeline, bucket.num_frames, fps, choice, allow_duplicate_frames)
+        out = np.empty((bucket.num_frames, bucket.height, bucket.width, 3), np.uint8)
+        # Decoding usually starts at the last keyframe before the first frame; where that seek misses, at the head.
+        if not (_starts_late(timeline, chosen) and _fill(source, chosen, bucket, crop_xy, out, seek=True)):
+            _fill(source, chosen, bucket, crop_xy, out, seek=False)
+    except (MediaError, FFmpegError, OSError, ValueError) as error:
+        raise DataError(f"{name}: cannot be decoded: {error}") from error
+    return out
+
+
+def _chosen_pts(
+    timeline: Timeline, num_frames: int, fps: float, choice: float, allow_duplicate_frames: bool
+) -> NDArray[np.int64]:
+    stamps = timeline.stamps_s
+    source_fps = (len(stamps) - 1) / float(stamps[-1]) if len(stamps) > 1 else 0.0
+    available = available_frames(len(stamps), source_fps, fps, allow_duplicate_frames)
+    if available < num_frames:
+        raise MediaError("too_short", f"{available} frames at {fps:g} fps, {num_frames} wanted")
+    return timeline.pts[choose_frames(stamps, num_frames, fps, choice, allow_duplicate_frames)]
+
+
+def _starts_late(timeline: Timeline, chosen: NDArray[np.int64]) -> bool:
+    """Whether some frames can be left undecoded: a later keyframe than the first precedes the first chosen frame."""
+    return bool((timeline.keyframe_pts <= chosen[0]).sum() > 1)
+
+
+def _fill(
+    source: Path | bytes,
+    chosen: NDArray[np.int64],
+    bucket: Bucket,
+    crop_xy: tuple[float, float],
+    out: NDArray[np.uint8],
+    *,
+    seek: bool,
+) -> bool:
+    """Decode the frames with stamps `chosen` into `out`. False if a seek did not lead to all of them.
+
+    Raises:
+        MediaError: read from the head, and a frame did not come out.
+    """
+    missing = set(chosen.tolist())
+    shape: tuple[int, int] | None = None
+    for frame, aspect in _frames_from(source, int(chosen[0]) if seek else None):
+        if shape not in (None, (frame.width, frame.height)):
+            raise MediaError("resolution_change", f"{shape} px becomes {(frame.width, frame.height)}; split the clip")
+        shape = (frame.width, frame.height)
+        pts = frame.pts or 0  # a still image may have none
+        if pts in missing:
+            if frame.is_corrupt:
+                break
+            out[chosen == pts] = _fit(frame, aspect, bucket, crop_xy)
+            missing.remove(pts)
+        if not missing:
+            return True
+    if not seek:
+        raise MediaError("missing_frames", f"{len(missing)} of {len(set(chosen.tolist()))} frames do not decode")
+    return False
+
+
+def _frames_from(source: Path | bytes, start_pts: int | None) -> Iterator[tuple[VideoFrame, Fraction]]:
+    """Yield frames with their pixels' aspect ratio from the keyframe before `start_pts`, or from the head.
+
+    Yields nothing if the seek lands behind `start_pts`, as it can in files with a poor index.
+    """
+    with open_media(source) as (container, video):
+        aspect = sample_aspect(video)
+        if start_pts is not None:
+            container.seek(start_pts, stream=video)
+        first = start_pts is not None
+        for packet in container.demux(video):
+            if first and (packet.pts is None or packet.pts > (start_pts or 0)):
+                return
+            first = False
+            for frame in video.decode(packet):
+                yield frame, aspect
+
+
+def _fit(frame: VideoFrame, aspect: Fraction, bucket: Bucket, crop_xy: tuple[float, float]) -> NDArray[np.uint8]:
+    """Return one frame upright, resized to cover the bucket and cropped, [H, W, 3] RGB in 0..255."""
+    turns = frame.rotation // 90
+    shown = display_size(frame.width, frame.height, aspect, frame.rotation)
+    window = crop_window(*shown, bucket, crop_xy)
+    # The resize comes before the turn, hence in stored orientation.
+    width, height = (window.height, window.width) if turns % 2 else (window.width, window.height)
+    alpha = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
+    resized = frame.reformat(
+        width=width,
+        height=height,
+        format="rgba" if alpha else "rgb24",
+        interpolation=Interpolation.BICUBIC,
+        threads=1,
+    ).to_ndarray()
+    if alpha:
+        resized = (resized[..., :3].astype(np.uint16) * resized[..., 3:] // 255).astype(np.uint8)
+    upright = np.rot90(resized, turns)
+    cropped = upright[window.y : window.y + bucket.height, window.x : window.x + bucket.width]
+    return np.asarray(cropped, dtype=np.uint8)

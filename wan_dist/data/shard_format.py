@@ -1,0 +1,166 @@
+"""Write shards: plain, deterministic USTAR files that `webdataset` reads unchanged.
+
+Not `webdataset.ShardWriter`: it writes under the final name, so that a killed run leaves a plausible shard, and its
+float mtimes add a 1 KiB PAX header to every member, different on every run.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+MAX_KEY_LENGTH: Final = 90
+"""USTAR names have 100 bytes; the rest is for the extension."""
+
+_HASH_LENGTH: Final = 8
+_TMP_MARK: Final = ".tmp."
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file lies in a shard: offset and size in bytes, and its CRC-32."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A file that stands under its final name: size in bytes and SHA-256, hexadecimal."""
+
+    num_bytes: int
+    sha256: str
+
+
+class ShardWriter:
+    """An open shard. Get one from `write_shard`."""
+
+    def __init__(self, stream: "_HashingStream") -> None:
+        self._stream = stream
+        self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+
+    def add(self, name: str, size: int, content: IO[bytes]) -> Member:
+        """Append a file of exactly `size` bytes read from `content`; return where it lies.
+
+        Raises:
+            OSError: `content` ends early.
+        """
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644  # every other field of a new TarInfo is 0 or empty
+        offset = self._stream.tell() + tarfile.BLOCKSIZE
+        reader = _ChecksumReader(content)
+        self._tar.addfile(info, reader)  # type: ignore[arg-type]
+        self._tar.getmembers().clear()  # tarfile would keep them all
+        return Member(offset, size, reader.crc32)
+
+    def close(self) -> None:
+        """Write the end of the archive."""
+        self._tar.close()
+
+
+@contextmanager
+def write_shard(path: Path) -> Iterator[tuple[ShardWriter, list[Committed]]]:
+    """Write a shard that appears under `path` only once it is whole and on disk.
+
+    Yields:
+        The writer, and a list that holds the finished file's size and hash after the block.
+    """
+    result: list[Committed] = []
+    with _committed(path) as stream:
+        hashing = _HashingStream(stream)
+        writer = ShardWriter(hashing)
+        yield writer, result
+        writer.close()
+    result.append(Committed(hashing.tell(), hashing.sha256.hexdigest()))
+
+
+def write_file(path: Path, content: bytes) -> Committed:
+    """Write a small file that appears under `path` only once it is whole and on disk."""
+    with _committed(path) as stream:
+        stream.write(content)
+    return Committed(len(content), hashlib.sha256(content).hexdigest())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left in `folder`. Only while no writer is at work there."""
+    for path in folder.glob(f".*{_TMP_MARK}*"):
+        path.unlink()
+
+
+def sample_keys(paths: Iterable[str]) -> dict[str, str]:
+    """Return a unique key of `[A-Za-z0-9_-]{1,90}` for every path.
+
+    The extension is left out. Readers end a key at its first dot, so dots and all else turn into `_`; a path whose
+    key is then cut, or shared with another path, gets the start of its hash appended, whatever the others are called.
+    """
+    plain = {path: re.sub(r"[^A-Za-z0-9_-]", "_", path.rpartition(".")[0] or path) for path in paths}
+    shared = Counter(key.lower() for key in plain.values())
+    return {path: _with_hash(path, key) if _needs_hash(key, shared) else key for path, key in plain.items()}
+
+
+def _needs_hash(key: str, shared: Mapping[str, int]) -> bool:
+    return len(key) > MAX_KEY_LENGTH or shared[key.lower()] > 1
+
+
+def _with_hash(path: str, key: str) -> str:
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:_HASH_LENGTH]
+    return f"{key[: MAX_KEY_LENGTH - _HASH_LENGTH - 1]}-{digest}"
+
+
+@contextmanager
+def _committed(path: Path) -> Iterator[IO[bytes]]:
+    """Write to a temporary name in the same folder, then flush to disk and rename."""
+    temporary = path.with_name(f".{path.name}{_TMP_MARK}{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class _HashingStream:
+    """A sequential output stream that knows its position and SHA-256."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._position = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._stream.write(data)
+        self.sha256.update(data)
+        self._position += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._position
+
+
+class _ChecksumReader:
+    """An input stream that knows the CRC-32 of what was read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.crc32 = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return data
