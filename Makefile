@@ -22,8 +22,8 @@ $(BIN)/python:
 	    "$$candidate" -m venv .venv; exit 0; \
 	  fi; \
 	done; \
-	found="$$($(or $(PYTHON),python3) --version 2>&1 || true)"; \
-	echo "make: Python 3.11 or newer with its venv module is needed, found: $${found:-none}." \
+	found="$$($(or $(PYTHON),python3) --version 2>/dev/null || echo "no $(or $(PYTHON),python3)")"; \
+	echo "make: Python 3.11 or newer with its venv module is needed, found: $$found." \
 	  "Install it (Debian: apt-get install python3.11 python3.11-venv) or name one: make PYTHON=/path/to/python3.11" >&2; \
 	exit 1
 
