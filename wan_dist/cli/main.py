@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wan_dist.cli import config
+from wan_dist.cli import config, consolidate, generate, launch, models, quickstart, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,12 @@ app = typer.Typer(
 )
 
 app.add_typer(config.app, name="config")
+app.add_typer(models.app, name="models")
+app.command(epilog=quickstart.EPILOG)(quickstart.quickstart)
+app.command(epilog=train.EPILOG)(train.train)
+app.command(epilog=launch.EPILOG)(launch.launch)
+app.command(epilog=consolidate.EPILOG)(consolidate.consolidate)
+app.command(epilog=generate.EPILOG)(generate.generate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -37,3 +37,7 @@ class CheckpointError(WanDistError):
 
 class LaunchError(WanDistError):
     """Ranks could not be started, or ended with a failure."""
+
+
+class TrainingError(WanDistError):
+    """Training cannot go on: the loss is not finite, or the ranks do not agree."""

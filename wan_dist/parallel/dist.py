@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed
@@ -89,6 +90,13 @@ def max_over_ranks(value: float, ranks: Ranks) -> float:
 def mean_over_ranks(value: float, ranks: Ranks) -> float:
     """Return the mean `value` of all ranks; collective."""
     return _reduce(value, ranks, torch.distributed.ReduceOp.SUM) / ranks.world_size
+
+
+def from_main(value: Any, ranks: Ranks) -> Any:
+    """Return rank 0's picklable `value` on every rank; collective."""
+    values = [value if ranks.is_main else None]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _reduce(value: float, ranks: Ranks, op: torch.distributed.ReduceOp.RedOpType) -> float:

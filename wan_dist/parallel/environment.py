@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _OWN_DIR_VARIABLE = "WAN_DIST_OWNS_EXTENSIONS_DIR"
 _BUILD_LOCK = ".wan_dist_build.lock"
 STALE_AFTER_S = 600.0
+_TELL_AFTER_S = 5.0
 
 
 def private_extensions_dir() -> Path:
@@ -72,19 +73,20 @@ def build_guard(*, wait_s: float = 1800.0) -> Iterator[None]:
 
 
 def _lock(fd: int, folder: Path, wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
+    started = time.monotonic()
     told = False
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - started
+            if waited_s > wait_s:
                 raise LaunchError(
                     f"{folder}: another process has been building DeepSpeed operators for {wait_s:.0f} s; "
                     "end it, or set TORCH_EXTENSIONS_DIR to another folder."
                 ) from None
-            if not told:
+            if not told and waited_s > _TELL_AFTER_S:
                 logger.info("waiting for another process that builds DeepSpeed operators in %s", folder)
                 told = True
             time.sleep(0.2)

@@ -33,8 +33,13 @@ def deepspeed_command(num_ranks: int, program: Sequence[str], *, port: int) -> l
     module, *args = program
     return [
         *(sys.executable, "-c", cli, "--num_gpus", str(num_ranks), "--master_port", str(port)),
-        *("--no_local_rank", "--module", module, *args),
+        *("--log_level", "warning", "--no_local_rank", "--module", module, *args),
     ]
+
+
+def rank_threads(num_ranks: int) -> int:
+    """Return the CPU threads of each rank so that all together use the machine once."""
+    return max((os.cpu_count() or 1) // num_ranks, 1)
 
 
 def run_ranks(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:

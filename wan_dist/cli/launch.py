@@ -1,0 +1,55 @@
+"""`wan-dist launch`: start the ranks of this machine."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = "Example: wan-dist launch configs/train/tiny-4clips.yaml --num-gpus 2 train.num_steps=10"
+
+
+def launch(
+    config: Annotated[Path, typer.Argument(help="Training config, YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Values to change, such as train.num_steps=10.", metavar="[KEY=VALUE]...")
+    ] = None,
+    num_gpus: Annotated[
+        int, typer.Option("--num-gpus", min=0, help="Ranks to start; 0 takes every GPU. Without a GPU: CPU ranks.")
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, print the command and stop.")] = False,
+) -> None:
+    """Train on this machine: one rank per GPU through the DeepSpeed launcher, all ended together."""
+    from wan_dist.config.check import check_paths
+    from wan_dist.config.load import load_config
+    from wan_dist.parallel.environment import prepare_environment
+    from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks
+
+    cfg = load_config(config, overrides or [])
+    if not dry_run:
+        check_paths(cfg)
+    prepare_environment()
+    num_ranks = num_gpus or _visible_gpus()
+    command = deepspeed_command(
+        num_ranks, ["wan_dist", "train", str(config), *(overrides or [])], port=_free_port()
+    )
+    if dry_run:
+        import shlex
+
+        typer.echo(shlex.join(command))
+        return
+    env = {"OMP_NUM_THREADS": str(rank_threads(num_ranks)), **os.environ}
+    raise typer.Exit(run_ranks(command, env=env))
+
+
+def _visible_gpus() -> int:
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

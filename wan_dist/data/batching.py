@@ -1,0 +1,202 @@
+"""From the sample order to encoded batches: one bucket per micro-step, the same samples for any number of ranks."""
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wan_dist.core.errors import DataError
+from wan_dist.core.order import Block, SampleOrder
+from wan_dist.core.rng import seed_of, uniform
+from wan_dist.data.clips import ClipDataset
+from wan_dist.data.encode import Encoders
+from wan_dist.data.memory_cache import MemoryCache
+
+logger = logging.getLogger(__name__)
+
+_MAX_SUBSTITUTES = 8
+_MIN_READ_BEFORE_ABORT = 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-step of one rank.
+
+    Attributes:
+        keys: clip keys, B of them.
+        bucket: number of the bucket that all share.
+        positions: where each sample stands in its bucket's endless stream; all its randomness is keyed by this.
+        latents: [B, C, f, h, w] fp32, normalised, on the device.
+        text_embeds: [B, 512, D] on the device.
+    """
+
+    keys: tuple[str, ...]
+    bucket: int
+    positions: tuple[int, ...]
+    latents: Tensor
+    text_embeds: Tensor
+
+
+class _Sample(NamedTuple):
+    position: int
+    key: str
+    prompt: str
+    cache_key: str
+    frames: NDArray[np.uint8] | None  # None: its latents are in the cache
+
+
+class ClipBatches:
+    """Reads, decodes and encodes this rank's share of every block, reading ahead in threads.
+
+    Attributes:
+        num_read: samples asked for so far.
+        bad_samples: what was wrong with those that could not be read and were replaced.
+    """
+
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        encoders: Encoders,
+        order: SampleOrder,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        seed: int,
+        caption_dropout: float,
+        num_workers: int,
+        cache_bytes: int,
+        max_bad_fraction: float,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            dataset: opened shards.
+            encoders: VAE and text encoder.
+            order: sample order whose block is one optimizer step.
+            rank: this rank among those that see different samples.
+            world_size: number of such ranks; with the micro-batch it must divide the block.
+            micro_batch_size: clips per forward pass.
+            seed: seed of all per-sample randomness.
+            caption_dropout: share of samples whose prompt is emptied.
+            num_workers: reader threads; 0 reads in the caller.
+            cache_bytes: host memory for encoded latents, and as much again for text.
+            max_bad_fraction: share of unreadable samples at which reading fails.
+        """
+        if order.block_size % (world_size * micro_batch_size):
+            raise ValueError(f"block of {order.block_size} does not divide by {world_size} x {micro_batch_size}")
+        self._dataset, self._encoders, self._order = dataset, encoders, order
+        self._rank, self._world_size, self._micro = rank, world_size, micro_batch_size
+        self._seed, self._caption_dropout = seed, caption_dropout
+        self._max_bad_fraction = max_bad_fraction
+        self._latents_cache, self._text_cache = MemoryCache(cache_bytes), MemoryCache(cache_bytes)
+        self._pool = ThreadPoolExecutor(num_workers, "read-clips") if num_workers else None
+        self.num_read = 0
+        self.bad_samples: list[str] = []
+
+    def close(self) -> None:
+        """End the reader threads."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def steps(self, epoch: int, block: int) -> Iterator[tuple[Block, Iterator[Batch]]]:
+        """Yield, endlessly from a state, each block with this rank's micro-batches of it, read one block ahead.
+
+        Raises:
+            DataError: too many samples could not be read.
+        """
+        ahead: deque[tuple[Block, list[Future[_Sample]]]] = deque()
+        for following in self._order.blocks(epoch, block):
+            ahead.append((following, self._submit(following)))
+            if len(ahead) > 1:
+                current, futures = ahead.popleft()
+                yield current, self._batches(current, futures)
+
+    def _submit(self, block: Block) -> list[Future[_Sample]]:
+        share = self._order.block_size // self._world_size
+        first = block.first + self._rank * share
+        return [self._start(block.bucket, position) for position in range(first, first + share)]
+
+    def _start(self, bucket: int, position: int) -> Future[_Sample]:
+        if self._pool:
+            return self._pool.submit(self._read, bucket, position)
+        future: Future[_Sample] = Future()
+        try:
+            future.set_result(self._read(bucket, position))
+        except Exception as error:  # handed to whoever asks for the result, as a thread would
+            future.set_exception(error)
+        return future
+
+    def _read(self, bucket: int, position: int) -> _Sample:
+        """Read the sample at `position`, or a replacement that depends on the position only."""
+        for attempt in range(_MAX_SUBSTITUTES):
+            place = position if attempt == 0 else seed_of(self._seed, "substitute", bucket, position, attempt) % 2**40
+            try:
+                return self._read_exactly(bucket, position, place)
+            except DataError as error:
+                self._count_bad(str(error))
+        raise DataError(f"bucket {bucket}: {_MAX_SUBSTITUTES} samples in a row could not be read; check the shards.")
+
+    def _read_exactly(self, bucket: int, position: int, place: int) -> _Sample:
+        def draw(purpose: str) -> float:
+            return uniform(self._seed, purpose, bucket, position)
+
+        self.num_read += 1
+        ref = self._order.at(bucket, place)
+        clip = self._dataset.locate(
+            bucket, ref.shard, ref.index, choice=draw("frames"), crop_xy=(draw("crop_x"), draw("crop_y"))
+        )
+        prompt = clip.captions[int(draw("caption") * len(clip.captions))]
+        if draw("caption_dropout") < self._caption_dropout:
+            prompt = ""
+        known = self._latents_cache.get(clip.cache_key) is not None
+        frames = None if known else self._dataset.frames(clip)
+        return _Sample(position, clip.key, prompt, clip.cache_key, frames)
+
+    def _count_bad(self, message: str) -> None:
+        self.bad_samples.append(message)
+        logger.warning("replaced an unreadable sample: %s", message)
+
+    def _batches(self, block: Block, futures: Sequence[Future[_Sample]]) -> Iterator[Batch]:
+        for start in range(0, len(futures), self._micro):
+            samples = [future.result() for future in futures[start : start + self._micro]]
+            self._check_bad_fraction()
+            yield Batch(
+                keys=tuple(s.key for s in samples),
+                bucket=block.bucket,
+                positions=tuple(s.position for s in samples),
+                latents=torch.stack([self._latents(block.bucket, s) for s in samples]),
+                text_embeds=torch.stack([self._text(s.prompt) for s in samples]),
+            )
+
+    def _check_bad_fraction(self) -> None:
+        num_bad = len(self.bad_samples)
+        if self.num_read >= _MIN_READ_BEFORE_ABORT and num_bad > self._max_bad_fraction * self.num_read:
+            raise DataError(
+                f"{num_bad} of {self.num_read} samples could not be read (data.max_bad_fraction = "
+                f"{self._max_bad_fraction}); the last: {self.bad_samples[-1]}"
+            )
+
+    def _latents(self, bucket: int, sample: _Sample) -> Tensor:
+        cached = self._latents_cache.get(sample.cache_key)
+        if cached is None:
+            frames = sample.frames
+            if frames is None:  # dropped from the cache between reading ahead and now
+                return self._latents(bucket, self._read(bucket, sample.position))
+            cached = self._encoders.encode_video(frames[None])[0].cpu()
+            self._latents_cache.put(sample.cache_key, cached)
+        return cached.to(self._encoders.device)
+
+    def _text(self, prompt: str) -> Tensor:
+        cached = self._text_cache.get(prompt)
+        if cached is None:
+            cached = self._encoders.encode_prompts([prompt])[0].cpu()
+            self._text_cache.put(prompt, cached)
+        return cached.to(self._encoders.device)

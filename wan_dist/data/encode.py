@@ -1,0 +1,96 @@
+"""Clips and captions into what the transformer sees: normalised latents and text embeddings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wan_dist.core.errors import ModelError
+
+MAX_TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen VAE and text encoder of a pipeline.
+
+    Attributes:
+        vae: diffusers `AutoencoderKLWan`, fp32.
+        text_pipeline: a diffusers `WanPipeline` without transformer, which owns cleaning, tokenising and padding.
+        latents_mean: [1, C, 1, 1, 1] fp32, subtracted from the posterior mean.
+        latents_std: [1, C, 1, 1, 1] fp32, which it is then divided by.
+        device: where encoding happens.
+    """
+
+    vae: Any
+    text_pipeline: Any
+    latents_mean: Tensor
+    latents_std: Tensor
+    device: torch.device
+
+    @torch.no_grad()
+    def encode_video(self, frames: NDArray[np.uint8]) -> Tensor:
+        """Return the normalised posterior mean, [B, C, f, h, w] fp32 on the device.
+
+        Args:
+            frames: [B, F, H, W, 3] RGB in 0..255.
+        Source: `wan/modules/vae2_2.py` of the official repository, `Wan2_2_VAE.encode` (mean, then (x - mean) / std).
+        """
+        video = torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+        return self.normalise(self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode())
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return VAE latents moved to zero mean and unit variance per channel, same shape, fp32."""
+        return (latents.float() - self.latents_mean) / self.latents_std
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Return text embeddings, [B, 512, D] on the device, zero after each prompt's true length.
+
+        Source: `WanPipeline.encode_prompt` of diffusers, called and not written again.
+        """
+        embeds, _ = self.text_pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_TEXT_TOKENS,
+            device=self.device,
+        )
+        return embeds
+
+
+def load_encoders(pipeline_dir: Path, device: torch.device, text_dtype: torch.dtype) -> Encoders:
+    """Return the VAE (fp32) and text encoder of a diffusers pipeline folder, frozen, on `device`.
+
+    Raises:
+        ModelError: a part is missing or cannot be loaded.
+    """
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    def part(name: str, load: Any, **options: Any) -> Any:
+        folder = pipeline_dir / name
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: missing; {pipeline_dir} is not a WAN pipeline in diffusers layout.")
+        try:
+            return load(str(folder), local_files_only=True, **options)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}).") from error
+
+    vae = part("vae", AutoencoderKLWan.from_pretrained, dtype=torch.float32).to(device).eval()
+    text_encoder = part("text_encoder", UMT5EncoderModel.from_pretrained, dtype=text_dtype).to(device).eval()
+    tokenizer = part("tokenizer", AutoTokenizer.from_pretrained)
+    vae.requires_grad_(False)
+    text_encoder.requires_grad_(False)
+    pipeline = WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler()
+    )
+
+    def statistics(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
+
+    return Encoders(vae, pipeline, statistics(vae.config.latents_mean), statistics(vae.config.latents_std), device)

@@ -1,0 +1,76 @@
+"""The run folder: where each file of a run lies, and the small ones that describe it."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from wan_dist.core.errors import CheckpointError
+from wan_dist.io.hashing import write_json_atomic, write_text_atomic
+
+CONFIG_NAME = "config.yaml"
+CHECKPOINTS_NAME = "checkpoints"
+_PACKAGES = ("wan_dist", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "webdataset", "av")
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run_dir / CHECKPOINTS_NAME
+
+
+def describe_run(run_dir: Path, *, config_yaml: str, ds_config: dict[str, Any], world_size: int) -> None:
+    """Write what the run is made of: resolved config, DeepSpeed config, environment."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(run_dir / CONFIG_NAME, config_yaml)
+    write_json_atomic(run_dir / "ds_config.json", ds_config)
+    write_json_atomic(run_dir / "environment.json", environment(world_size))
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Return versions and hardware, without anything secret."""
+    import torch
+
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "devices": devices or ["cpu"],
+        "num_cpus": os.cpu_count(),
+        "world_size": world_size,
+    }
+
+
+def write_status(run_dir: Path, state: str, **values: Any) -> None:
+    """Replace `status.json`: what the run is doing now.
+
+    Args:
+        run_dir: the run folder.
+        state: starting, training, saving, finished, stopped or failed.
+        values: further JSON values.
+    """
+    write_json_atomic(run_dir / "status.json", {"state": state, "time": time.time(), "pid": os.getpid(), **values})
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Return `status.json`.
+
+    Raises:
+        CheckpointError: the folder has no readable status.
+    """
+    path = run_dir / "status.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); is {run_dir} a run folder?") from None

@@ -1,0 +1,269 @@
+"""From a configuration to a finished run: this module only calls builders."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_dist.config.check import check_paths
+from wan_dist.config.document import dump_config
+from wan_dist.config.schema import TrainConfig
+from wan_dist.core.errors import CheckpointError, ConfigError
+from wan_dist.core.flow_matching import SigmaSampler
+from wan_dist.core.order import SampleOrder
+from wan_dist.data.batching import ClipBatches
+from wan_dist.data.clips import ClipDataset
+from wan_dist.data.encode import load_encoders
+from wan_dist.io import checkpoint as checkpoints
+from wan_dist.io.run_folder import checkpoints_dir, describe_run, write_status
+from wan_dist.models.wan.transformer import (
+    empty_transformer,
+    read_transformer_config,
+    rebuild_rope,
+    transformer_folder,
+)
+from wan_dist.models.wan.variants import WanVariant, get_variant
+from wan_dist.parallel import dist
+from wan_dist.parallel.dist import Ranks
+from wan_dist.parallel.ds_config import deepspeed_config
+from wan_dist.parallel.environment import build_guard
+from wan_dist.parallel.load import build_partitioned, fill_partitions
+from wan_dist.parallel.shutdown import StopRequest
+from wan_dist.train.hooks import CheckpointHook, ReportHook
+from wan_dist.train.loop import TrainState, train
+from wan_dist.train.objective import Objective
+from wan_dist.train.optimizers import OPTIMIZERS, OptimizerOptions
+from wan_dist.train.schedules import learning_rate
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_WINDOW_SHARDS = 64
+# A resumed run would not be the same run if one of these differed; the model folder may have moved.
+_UNCHANGED = ("variant", "transformer_folder", "data_digest", "seed", "global_batch_size")
+OnStep = Callable[[TrainState, float | None], None]
+
+
+def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnStep) -> int:
+    """Train as configured on the ranks that were started, and return the process's exit status.
+
+    Args:
+        cfg: a loaded configuration.
+        ranks: this process's place; its peers call this with the same configuration.
+        stop: tells when to leave early.
+        on_step: drives a progress bar on rank 0.
+
+    Raises:
+        WanDistError: anything that the user can mend.
+    """
+    check_paths(cfg)
+    accumulation_steps = accumulation(cfg, ranks.world_size)
+    dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
+    run_dir = Path(cfg.run_dir)
+    ds_config = _ds_config(cfg, ranks, accumulation_steps)
+    if ranks.is_main:
+        describe_run(run_dir, config_yaml=dump_config(cfg), ds_config=ds_config, world_size=ranks.world_size)
+        write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
+    variant = get_variant(cfg.model.variant)
+    batches, digest = build_batches(cfg, ranks)
+    engine = build_engine(cfg, variant, ds_config, ranks)
+    identity = run_identity(cfg, digest)
+    state = resume(engine, checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
+    reports = ReportHook(
+        run_dir,
+        ranks,
+        every=cfg.log.every,
+        num_steps=cfg.train.num_steps,
+        tensorboard=cfg.log.tensorboard,
+        grad_norm=lambda: float(engine.get_global_grad_norm()),
+        on_step=on_step,
+    )
+    saves = CheckpointHook(
+        engine,
+        checkpoints_dir(run_dir),
+        ranks,
+        every=cfg.checkpoint.save_every,
+        keep_last=cfg.checkpoint.keep_last,
+        identity=identity,
+    )
+    try:
+        train(
+            engine,
+            build_objective(cfg, variant),
+            batches,
+            state,
+            num_steps=cfg.train.num_steps,
+            lr_at=lambda step: _learning_rate(cfg, step),
+            hooks=[reports, saves],
+            should_stop=lambda: dist.any_rank(stop.requested, ranks),
+        )
+        saves.save_now(state)
+    finally:
+        reports.close()
+        batches.close()
+    return _finish(run_dir, ranks, stop, state, cfg.train.num_steps)
+
+
+def _finish(run_dir: Path, ranks: Ranks, stop: StopRequest, state: TrainState, num_steps: int) -> int:
+    done = state.step >= num_steps
+    # All ranks give the same answer, also those that no signal reached.
+    code = 0 if done else int(dist.max_over_ranks(float(stop.exit_code()), ranks))
+    if ranks.is_main:
+        write_status(run_dir, "finished" if done else "stopped", step=state.step, num_steps=num_steps, exit_code=code)
+        logger.info("%s after step %d of %d", "finished" if done else "stopped and saved", state.step, num_steps)
+    dist.barrier()
+    dist.stop()
+    return code
+
+
+def accumulation(cfg: TrainConfig, world_size: int) -> int:
+    """Return the forward passes per optimizer step on each rank.
+
+    Raises:
+        ConfigError: the global batch does not divide by ranks times micro-batch.
+    """
+    batch, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    if batch % (micro * world_size):
+        legal = [n for n in range(1, batch // micro + 1) if batch % (micro * n) == 0]
+        raise ConfigError(
+            f"train.global_batch_size = {batch} does not divide by micro_batch_size {micro} x {world_size} ranks; "
+            f"use {' or '.join(map(str, legal))} ranks, or a multiple of {micro * world_size}."
+        )
+    return batch // (micro * world_size)
+
+
+def _ds_config(cfg: TrainConfig, ranks: Ranks, accumulation_steps: int) -> dict[str, Any]:
+    return deepspeed_config(
+        micro_batch_size=cfg.train.micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        world_size=ranks.world_size,
+        dtype=cfg.model.dtype,
+        max_grad_norm=cfg.optim.max_grad_norm,
+        offload_optimizer=cfg.parallel.offload_optimizer,
+        offload_param=cfg.parallel.offload_param,
+        pin_memory=ranks.device.type != "cpu",
+        extra=cfg.parallel.deepspeed,
+    )
+
+
+def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[ClipBatches, str]:
+    """Return this rank's batches and the digest of the data and the rules that shape it."""
+    data = cfg.data
+    dataset = ClipDataset.open(
+        Path(data.shards),
+        sizes=data.sizes,
+        num_frames=data.num_frames,
+        fps=data.fps,
+        frame_choice=data.frame_choice,
+        crop=data.crop,
+        allow_duplicate_frames=data.allow_duplicate_frames,
+        allow_upscale=data.allow_upscale,
+    )
+    batches = ClipBatches(
+        dataset,
+        load_encoders(Path(cfg.model.path), ranks.device, DTYPES[cfg.model.dtype]),
+        SampleOrder(dataset.counts, cfg.train.global_batch_size, _WINDOW_SHARDS, cfg.train.seed),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        micro_batch_size=cfg.train.micro_batch_size,
+        seed=cfg.train.seed,
+        caption_dropout=data.caption_dropout,
+        num_workers=data.num_workers,
+        cache_bytes=int(data.memory_cache_gib * 2**30),
+        max_bad_fraction=data.max_bad_fraction,
+    )
+    return batches, dataset.digest
+
+
+def build_objective(cfg: TrainConfig, variant: WanVariant) -> Objective:
+    """Return the flow matching objective, on the noise range of the configured expert."""
+    sigma_min, sigma_max = 0.0, 1.0
+    if variant.boundary is not None:
+        if cfg.model.expert == "high_noise":
+            sigma_min = variant.boundary
+        else:
+            sigma_max = variant.boundary
+    sampler = SigmaSampler(
+        shift=variant.flow_shift if cfg.flow.shift == "auto" else cfg.flow.shift,
+        sampling=cfg.flow.sampling,
+        logit_mean=cfg.flow.logit_mean,
+        logit_std=cfg.flow.logit_std,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+    )
+    return Objective(sampler, DTYPES[cfg.model.dtype], cfg.train.seed)
+
+
+def build_engine(cfg: TrainConfig, variant: WanVariant, ds_config: dict[str, Any], ranks: Ranks) -> Any:
+    """Return the DeepSpeed engine around the pretrained transformer, partitioned from its first byte on."""
+    import deepspeed
+
+    folder = transformer_folder(Path(cfg.model.path), cfg.model.expert)
+    config = read_transformer_config(folder, variant)
+    model: Any = build_partitioned(lambda: empty_transformer(config), ds_config)
+    rebuild_rope(model)
+    fill_partitions(model, folder)
+    model.to(ranks.device)  # buffers; the partitions are where DeepSpeed put them
+    model.train()
+    if cfg.train.gradient_checkpointing == "block":
+        model.enable_gradient_checkpointing()
+    offloaded = cfg.parallel.offload_optimizer == "cpu" and ranks.device.type != "cpu"
+    options = OptimizerOptions(cfg.optim.lr, cfg.optim.betas, cfg.optim.eps, cfg.optim.weight_decay, offloaded)
+    with build_guard():
+        optimizer = OPTIMIZERS[cfg.optim.name](model.parameters(), options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    logger.info("%s: %.1f M parameters", folder, sum(p.ds_numel for p in model.parameters()) / 1e6)
+    return engine
+
+
+def run_identity(cfg: TrainConfig, data_digest: str) -> dict[str, Any]:
+    """Return what identifies a run in its checkpoints, for resume and for export."""
+    return {
+        "variant": cfg.model.variant,
+        "model_path": str(Path(cfg.model.path).resolve()),
+        "transformer_folder": transformer_folder(Path(cfg.model.path), cfg.model.expert).name,
+        "data_digest": data_digest,
+        "seed": cfg.train.seed,
+        "global_batch_size": cfg.train.global_batch_size,
+    }
+
+
+def resume(engine: Any, root: Path, mode: str, identity: dict[str, Any], ranks: Ranks) -> TrainState:
+    """Return where to continue, the engine restored; a fresh state if there is nothing to resume from.
+
+    Raises:
+        CheckpointError: `mode` is require and there is none, never and there is one, or the run was another one.
+    """
+    found = checkpoints.newest_whole(root) if ranks.is_main and mode != "never" else None
+    checkpoint = dist.from_main(found, ranks)
+    if checkpoint is None:
+        if mode == "require":
+            raise CheckpointError(f"{root}: checkpoint.resume is require, and no whole checkpoint is there.")
+        if checkpoints.step_folders(root):
+            reason = "checkpoint.resume is never" if mode == "never" else "none of them is whole"
+            raise CheckpointError(f"{root}: has checkpoints, but {reason}; choose another run_dir or delete them.")
+        return TrainState()
+    for name in _UNCHANGED:
+        before, now = checkpoint.state.get(name), identity[name]
+        if before != now:
+            raise CheckpointError(
+                f"{checkpoint.folder}: was saved with {name} = {before}, this run has {now}; "
+                "restore it, or choose another run_dir."
+            )
+    checkpoints.restore(engine, checkpoint)
+    logger.info("resumed from %s", checkpoint.folder)
+    return TrainState(checkpoint.step, checkpoint.state["epoch"], checkpoint.state["block"])
+
+
+def _learning_rate(cfg: TrainConfig, step: int) -> float:
+    optim = cfg.optim
+    return learning_rate(
+        step,
+        peak=optim.lr,
+        schedule=optim.schedule,
+        warmup_steps=optim.warmup_steps,
+        num_steps=cfg.train.num_steps,
+        min_ratio=optim.min_lr_ratio,
+    )

@@ -1,0 +1,161 @@
+"""What happens after steps: reporting and saving."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wan_dist.core.errors import TrainingError
+from wan_dist.io import checkpoint as checkpoints
+from wan_dist.io.run_folder import write_status
+from wan_dist.parallel.dist import Ranks, max_over_ranks, mean_over_ranks
+from wan_dist.train.loop import StepResult, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class ReportHook:
+    """Every `every` steps: one log line, one row in metrics.jsonl, TensorBoard points and status.json.
+
+    Losses are averaged over the ranks and over the steps since the last report.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        *,
+        every: int,
+        num_steps: int,
+        tensorboard: bool,
+        grad_norm: Callable[[], float],
+        on_step: Callable[[TrainState, float | None], None],
+    ) -> None:
+        """Open the files (rank 0 only).
+
+        Args:
+            run_dir: the run folder.
+            ranks: this process's place.
+            every: steps between reports.
+            num_steps: steps of the whole run, for the remaining time.
+            tensorboard: write TensorBoard events.
+            grad_norm: returns the global gradient norm of the last step.
+            on_step: told of every step and, where one was just computed, the mean loss; drives a progress bar.
+        """
+        self._run_dir, self._ranks, self._every, self._num_steps = run_dir, ranks, every, num_steps
+        self._grad_norm, self._on_step = grad_norm, on_step
+        self._pending: list[StepResult] = []
+        self._writer: Any = None
+        if tensorboard and ranks.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir))
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Collect, and report when due."""
+        self._pending.append(result)
+        mean_loss = None
+        if state.step % self._every == 0 or state.step == self._num_steps:
+            mean_loss = self._report(state)
+        if self._ranks.is_main:
+            self._on_step(state, mean_loss)
+
+    def close(self) -> None:
+        """Flush and close the TensorBoard events."""
+        if self._writer:
+            self._writer.close()
+
+    def _report(self, state: TrainState) -> float:
+        pending, self._pending = self._pending, []
+        count = len(pending)
+        loss = mean_over_ranks(sum(float(r.loss.item()) for r in pending) / count, self._ranks)
+        step_s = max_over_ranks(sum(r.step_s for r in pending) / count, self._ranks)
+        data_wait_s = max_over_ranks(sum(r.data_wait_s for r in pending) / count, self._ranks)
+        row = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "loss": loss,
+            "grad_norm": self._grad_norm(),
+            "lr": pending[-1].lr,
+            "step_s": step_s,
+            "data_wait_s": data_wait_s,
+        }
+        if self._ranks.is_main:
+            self._write(row)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {state.step}: the loss is {loss}; training stops, the last checkpoint is untouched. "
+                "Lower optim.lr, or look at the clips of this step."
+            )
+        return loss
+
+    def _write(self, row: dict[str, Any]) -> None:
+        remaining_s = (self._num_steps - row["step"]) * row["step_s"]
+        logger.info(
+            "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.2f s/step  ETA %s",
+            *(row["step"], self._num_steps, row["loss"], row["grad_norm"], row["lr"], row["step_s"]),
+            time.strftime("%H:%M:%S", time.gmtime(remaining_s)),
+        )
+        try:
+            # Metrics must never end a run: on a full disk even TensorBoard raises in the caller (tensorboard 2.21).
+            with open(self._run_dir / "metrics.jsonl", "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(row) + "\n")
+            if self._writer:
+                for name in ("loss", "grad_norm", "lr", "step_s", "data_wait_s"):
+                    self._writer.add_scalar(f"train/{name}", row[name], row["step"])
+            write_status(self._run_dir, "training", num_steps=self._num_steps, eta_s=remaining_s, **row)
+        except OSError as error:
+            logger.warning("metrics of step %d could not be written: %s", row["step"], error)
+
+
+class CheckpointHook:
+    """Saves every `every` steps and, through `save_now`, whenever asked."""
+
+    def __init__(
+        self,
+        engine: Any,
+        root: Path,
+        ranks: Ranks,
+        *,
+        every: int,
+        keep_last: int,
+        identity: dict[str, Any],
+    ) -> None:
+        """Remember where and what to save.
+
+        Args:
+            engine: the DeepSpeed engine.
+            root: the run's checkpoints folder.
+            ranks: this process's place.
+            every: steps between saves; 0 only when asked.
+            keep_last: checkpoints kept.
+            identity: JSON values that a resume must find unchanged, and what export needs.
+        """
+        self._engine, self._root, self._ranks = engine, root, ranks
+        self._every, self._keep_last, self._identity = every, keep_last, identity
+        self._saved_step: int | None = None
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Save when due."""
+        if self._every and state.step % self._every == 0:
+            self._check_finite(state, result)
+            self.save_now(state)
+
+    def save_now(self, state: TrainState) -> None:
+        """Save this state unless it is on disk already; collective."""
+        if self._saved_step == state.step:
+            return
+        started = time.perf_counter()
+        payload = {**self._identity, "epoch": state.epoch, "block": state.block}
+        folder = checkpoints.save(self._engine, self._root, state.step, payload)
+        self._saved_step = state.step
+        if self._ranks.is_main:
+            checkpoints.prune(self._root, self._keep_last)
+            logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)
+
+    def _check_finite(self, state: TrainState, result: StepResult) -> None:
+        if not math.isfinite(mean_over_ranks(float(result.loss.item()), self._ranks)):
+            raise TrainingError(f"step {state.step}: the loss is not finite; this state is not saved. Lower optim.lr.")
