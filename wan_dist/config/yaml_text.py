@@ -114,6 +114,8 @@ def parse_yaml(text: str) -> YamlDocument:
         raise YamlSyntaxError(what, mark.line + 1 if mark else None) from error
     except yaml.YAMLError as error:  # a character that YAML forbids
         raise YamlSyntaxError(" ".join(str(error).split()), None) from error
+    except RecursionError as error:
+        raise YamlSyntaxError("it is nested too deeply", None) from error
     document = YamlDocument(value=None)
     if node is None:
         return document

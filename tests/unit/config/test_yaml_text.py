@@ -78,6 +78,11 @@ def test_syntax_errors_name_the_line(text: str, line: int):
     assert abs(caught.value.line - line) <= 1  # an unclosed bracket is noticed at the end of the text
 
 
+def test_deep_nesting_is_refused():
+    with pytest.raises(YamlSyntaxError, match="nested too deeply"):
+        parse_yaml("a: " + "[" * 5000)
+
+
 def test_dump_is_read_back_by_this_reader_and_by_yaml_1_1():
     value = {
         "text": ["no", "on", "1e-4", "1e5", "0o17", "12:30:00", "2024-01-01", "null", "~", "", "a: b", "# x", "é"],
