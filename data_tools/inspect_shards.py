@@ -62,7 +62,7 @@ def _describe(opened: ShardSet, kinds: list[dict[str, Any]]) -> str:
     manifest = opened.manifest
     rejects = ", ".join(f"{count} {code}" for code, count in manifest.rejects.items()) or "none"
     lines = [
-        f"{opened.folder}: clips {manifest.num_clips}, shards {len(manifest.shards)}, {manifest.num_bytes / 1e6:.1f} MB",
+        f"{opened.folder}: clips {manifest.num_clips}, shards {len(manifest.shards)}, {_megabytes(manifest.num_bytes)}",
         f"rejected: {rejects}",
         f"{'size px':>11} {'fps':>7} {'clips':>7} {'frames':>11} {'seconds':>15}",
     ]
@@ -78,3 +78,7 @@ def _describe(opened: ShardSet, kinds: list[dict[str, Any]]) -> str:
 
 def _span(low: float, high: float, spec: str) -> str:
     return f"{low:{spec}}" if low == high else f"{low:{spec}}-{high:{spec}}"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

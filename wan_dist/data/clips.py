@@ -261,4 +261,11 @@ class ClipDataset:
         return assign_bucket(*size, available, rules.sizes, rules.num_frames, rules.allow_upscale)
 
     def _explain_drops(self) -> str:
-        return "; ".join(f"{count} {why}: {DROP_REASONS[why]}" for why, count in sorted(self.drops.items()))
+        """Say why clips were left out, and what the clips are like."""
+        reasons = "; ".join(f"{count} {why}: {DROP_REASONS[why]}" for why, count in sorted(self.drops.items()))
+        rows = np.concatenate([np.asarray(self._shards.index(s)) for s in range(len(self._rows))])
+        ranges = (
+            f"{rows[name].min():.4g} to {rows[name].max():.4g} {unit}"
+            for name, unit in (("width", "px wide"), ("height", "px high"), ("num_frames", "frames"), ("fps", "fps"))
+        )
+        return f"{reasons}. The clips have {', '.join(ranges)}"

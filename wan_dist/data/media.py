@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import IO, Final
 
 import av
 import numpy as np
@@ -72,8 +73,8 @@ def open_media(source: Path | bytes) -> Iterator[tuple[InputContainer, VideoStre
     """
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
         try:
-            container = av.open(stream, "r", options={"format_whitelist": FORMATS}, metadata_errors="replace")
-        except (FFmpegError, ValueError) as error:
+            container = av.open(_unnamed(stream), "r", options={"format_whitelist": FORMATS}, metadata_errors="replace")
+        except (FFmpegError, OSError, ValueError) as error:
             raise _explain_unopened(stream, error) from error
         with container:
             video = _video_stream(container)
@@ -164,7 +165,17 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if not videos:
         raise MediaError("no_video", "there is no video stream in it (sound or cover art only); remove it")
     default = [s for s in videos if s.disposition & Disposition.default]
-    return max(default or videos, key=lambda s: (s.width or 0) * (s.height or 0))
+    return max(default or videos, key=_area)
+
+
+def _area(video: VideoStream) -> int:
+    # A stream whose header is broken has no codec context, although PyAV's stubs promise one.
+    return video.codec_context.width * video.codec_context.height if video.codec_context else 0
+
+
+def _unnamed(stream: IO[bytes]) -> SimpleNamespace:
+    """Hide a file's name, which PyAV would pass on and FFmpeg would guess the format from."""
+    return SimpleNamespace(read=stream.read, seek=stream.seek, tell=stream.tell, seekable=stream.seekable)
 
 
 def _explain_unopened(stream: io.IOBase, error: Exception) -> MediaError:

@@ -6,9 +6,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from wan_dist.core.errors import DataError
@@ -139,10 +141,18 @@ def _write_missing(
     stopping = threading.Event()
 
     def write(number: int) -> DoneShard:
-        with Prober() as prober:
+        prober = idle.get()
+        try:
             return _write_shard(source_dir, out_dir, number, plan.shards[number], prober, report, stopping)
+        finally:
+            idle.put(prober)
 
-    with (out_dir / JOURNAL_NAME).open("a") as journal, ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
+    with ExitStack() as stack:
+        idle: SimpleQueue[Prober] = SimpleQueue()
+        for _ in range(num_workers):
+            idle.put(stack.enter_context(Prober()))
+        journal = stack.enter_context((out_dir / JOURNAL_NAME).open("a"))
+        pool = stack.enter_context(ThreadPoolExecutor(num_workers, "pack"))
         try:
             for future in as_completed([pool.submit(write, number) for number in missing]):
                 shard = future.result()

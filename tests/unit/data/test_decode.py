@@ -1,0 +1,135 @@
+"""Decoding returns the right frames, upright and in shape, whatever the file is like."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.clips import draw_frame, read_number, read_numbers, write_clip
+from wan_dist.core.buckets import Bucket
+from wan_dist.core.errors import DataError
+from wan_dist.data.decode import crop_window, decode_clip
+from wan_dist.data.timing import choose_frames
+
+SMALL = {"g": "12", "bf": "2", "preset": "ultrafast"}
+KINDS = {
+    "h264.mp4": {},
+    "h264-open-gop.mp4": {"options": {**SMALL, "x264-params": "open-gop=1:keyint=12:bframes=3"}},
+    "h264.mkv": {},
+    "hevc.mp4": {"codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "keyint=12:log-level=none"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},
+    "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12"}},
+    "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "one-keyframe.mp4": {"options": {**SMALL, "g": "1000"}},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_random_access_returns_the_right_frames(tmp_path: Path, name: str) -> None:
+    path = write_clip(tmp_path / name, 60, **KINDS[name])
+    # Matroska rounds stamps to milliseconds, so nominal stamps may differ from the file's by one frame at ties.
+    with av.open(str(path)) as container:
+        stamps = np.array([frame.time for frame in container.decode(video=0)])
+    stamps -= stamps[0]
+    rng = np.random.default_rng(1)
+    for fps in (24, 16, 10):
+        for choice in rng.random(4):
+            frames = decode_clip(path, Bucket(80, 48, 9), fps=fps, choice=choice)
+            assert frames.shape == (9, 48, 80, 3)
+            assert read_numbers(frames) == choose_frames(stamps, 9, fps, choice, False).tolist()
+
+
+def test_bytes_and_path_give_the_same_pixels(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 30)
+    bucket = Bucket(80, 48, 5)
+    np.testing.assert_array_equal(
+        decode_clip(path, bucket, fps=24, choice=0.7), decode_clip(path.read_bytes(), bucket, fps=24, choice=0.7)
+    )
+
+
+def test_variable_frame_rate_is_followed_by_stamps(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    stamps = np.concatenate([[0], np.cumsum(rng.integers(20, 90, 59))])
+    path = write_clip(tmp_path / "vfr.mp4", 60, stamps_ms=stamps.tolist())
+    for choice in (0.0, 0.4, 0.9):
+        frames = decode_clip(path, Bucket(80, 48, 13), fps=12, choice=choice)
+        assert read_numbers(frames) == choose_frames(stamps / 1000, 13, 12, choice, False).tolist()
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_applied(tmp_path: Path, rotation: int) -> None:
+    path = write_clip(tmp_path / "turned.mp4", 20, rotation=rotation, first=5)
+    shape = Bucket(160, 96, 3) if rotation == 180 else Bucket(96, 160, 3)
+    frames = decode_clip(path, shape, fps=24, choice=0.9)
+    # FFmpeg's display matrix turns counter-clockwise; turned back, the barcode reads from left to right again.
+    assert read_numbers(np.rot90(frames, -rotation // 90, axes=(1, 2))) == [20, 21, 22]
+    assert read_number(frames[0]) != 20
+
+
+def test_pixel_aspect_is_applied(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "wide.mp4", 3, size=(160, 96), sample_aspect=Fraction(3, 2))
+    # Shown as 240x96: covering 120x48 keeps all of it, so the barcode is whole.
+    assert read_numbers(decode_clip(path, Bucket(120, 48, 3), fps=24)) == [0, 1, 2]
+    # Covering 80x48 without the ratio would keep all too; with it, the sides are cut.
+    assert read_numbers(decode_clip(path, Bucket(80, 48, 3), fps=24)) != [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("size", "pix_fmt"),
+    [((161, 97), "yuv444p"), ((160, 96), "yuv420p10le"), ((160, 96), "gray"), ((1000, 20), "yuv420p")],
+)
+def test_odd_sizes_and_formats_are_converted(tmp_path: Path, size: tuple[int, int], pix_fmt: str) -> None:
+    path = write_clip(tmp_path / "odd.mp4", 5, size=size, pix_fmt=pix_fmt)
+    frames = decode_clip(path, Bucket(size[0] // 2, size[1] // 2, 5), fps=24)
+    assert read_numbers(frames) == [0, 1, 2, 3, 4]
+    if pix_fmt != "gray":  # the test's own conversion to gray leaves the range untagged
+        # Lossy coding and the resize blur the columns' edges; their levels stay.
+        assert abs(float(frames[3].mean()) - float(draw_frame(3, *size).mean())) < 6
+
+
+def test_crop_places() -> None:
+    bucket = Bucket(40, 40, 1)
+    assert crop_window(160, 80, bucket, (0.5, 0.5)).x == 20
+    assert crop_window(160, 80, bucket, (0.0, 0.0)).x == 0
+    assert crop_window(160, 80, bucket, (0.999999, 0.0)).x == 40
+    assert crop_window(80, 160, bucket, (0.5, 0.999999)).y == 40
+
+
+def test_the_part_that_is_asked_for_is_cropped(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 1, size=(160, 80), first=1)
+    left, right = (decode_clip(path, Bucket(80, 80, 1), fps=24, crop_xy=(x, 0.5))[0].astype(int) for x in (0.0, 0.999))
+    wanted = draw_frame(1, 160, 80).astype(int)
+    # Column levels are 20 and 220; compression moves them by a few.
+    assert np.abs(left - wanted[:, :80]).mean() < 8
+    assert np.abs(right - wanted[:, 80:]).mean() < 8
+
+
+def test_images_are_one_frame_clips_with_transparency_over_black(tmp_path: Path) -> None:
+    path = tmp_path / "half.png"
+    Image.new("RGBA", (40, 20), (200, 100, 50, 128)).save(path)
+    frames = decode_clip(path, Bucket(20, 10, 1), fps=16)
+    np.testing.assert_allclose(frames[0, 5, 10], [100, 50, 25], atol=2)
+    Image.new("RGB", (40, 20), (200, 100, 50)).save(tmp_path / "a.jpg")
+    # JPEG's chroma rounding.
+    np.testing.assert_allclose(
+        decode_clip(tmp_path / "a.jpg", Bucket(20, 10, 1), fps=16)[0, 5, 10], [200, 100, 50], atol=4
+    )
+
+
+def test_too_few_or_damaged_frames_are_errors(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 10, container_options={"movflags": "faststart"})
+    with pytest.raises(DataError, match=r"sample x: .*10 frames at 24 fps, 11 wanted"):
+        decode_clip(path, Bucket(80, 48, 11), fps=24, name="sample x")
+    with pytest.raises(DataError, match="truncated"):
+        decode_clip(path.read_bytes()[:-200], Bucket(80, 48, 5), fps=24)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_clip(b"", Bucket(80, 48, 5), fps=24)
+
+
+def test_duplicates_fill_a_slow_clip_when_allowed(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "slow.mp4", 5, fps=8)
+    frames = decode_clip(path, Bucket(80, 48, 9), fps=16, allow_duplicate_frames=True)
+    assert read_numbers(frames) == [0, 0, 1, 1, 2, 2, 3, 3, 4]

@@ -1,0 +1,124 @@
+"""Probing says what a file holds, and gives a reason for every bad one."""
+
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.clips import REAL_CLIPS, write_clip, write_sound_only
+from wan_dist.data.probe import ClipInfo, Reject, probe_clip
+from wan_dist.data.probe_worker import Prober
+
+
+def good(path: Path) -> ClipInfo:
+    info = probe_clip(path, path.name)
+    assert isinstance(info, ClipInfo), info
+    return info
+
+
+def test_real_frames_rate_and_size(tmp_path: Path) -> None:
+    info = good(write_clip(tmp_path / "a.mp4", 30, fps=24))
+    assert (info.width, info.height, info.num_frames, info.fps) == (160, 96, 30, pytest.approx(24))
+    assert info.duration_s == pytest.approx(30 / 24)
+    turned = good(write_clip(tmp_path / "turned.mp4", 2, rotation=90))
+    assert (turned.width, turned.height, turned.rotation) == (96, 160, 90)
+    wide = good(write_clip(tmp_path / "wide.mp4", 2, sample_aspect=Fraction(3, 2)))
+    assert (wide.width, wide.height) == (240, 96)
+
+
+def test_variable_rate_reports_mean_and_longest_gap(tmp_path: Path) -> None:
+    info = good(write_clip(tmp_path / "vfr.mp4", 5, stamps_ms=[0, 40, 80, 480, 500]))
+    assert info.fps == pytest.approx(8)
+    assert info.max_gap_s == pytest.approx(0.4, abs=1e-3)
+
+
+def test_image_is_one_frame(tmp_path: Path) -> None:
+    Image.new("RGB", (33, 21)).save(tmp_path / "a.png")
+    assert good(tmp_path / "a.png") == ClipInfo(33, 21, 1, 0.0, 0.0, 0.0, 0)
+
+
+def bad_files(folder: Path) -> dict[str, tuple[bytes, str]]:
+    whole = write_clip(folder / "whole.mp4", 30, container_options={"movflags": "faststart"}).read_bytes()
+    late = write_clip(folder / "late.mp4", 30).read_bytes()
+    return {
+        "zero.mp4": (b"", "empty_file"),
+        "page.mp4": (b"<!DOCTYPE html><html>404</html>" * 50, "not_media"),
+        "noise.mp4": (bytes(range(256)) * 40, "unknown_container"),
+        "playlist.mp4": (b"ffconcat version 1.0\nfile whole.mp4\n", "unknown_container"),
+        "no-moov.mp4": (late[: len(late) // 2], "truncated"),
+        "cut.mp4": (whole[:-300], "truncated"),
+        "cut-half.mp4": (whole[: len(whole) // 2], "truncated"),
+        "sound.mp4": (write_sound_only(folder / "s.mp4").read_bytes(), "no_video"),
+    }
+
+
+def test_bad_files_are_rejected_with_code_and_hint(tmp_path: Path) -> None:
+    for name, (content, code) in bad_files(tmp_path).items():
+        (tmp_path / name).write_bytes(content)
+        found = probe_clip(tmp_path / name, name)
+        assert isinstance(found, Reject), name
+        assert (found.code, found.path) == (code, name), found
+        assert found.hint
+    missing = probe_clip(tmp_path / "gone.mp4", "gone.mp4")
+    assert isinstance(missing, Reject)
+    assert missing.code == "missing_file"
+
+
+def test_every_cut_of_a_clip_is_noticed(tmp_path: Path) -> None:
+    whole = write_clip(tmp_path / "a.mp4", 24, container_options={"movflags": "faststart"}).read_bytes()
+    assert isinstance(probe_clip(whole, "a"), ClipInfo)
+    for size in range(0, len(whole) - 1, len(whole) // 60):
+        assert isinstance(probe_clip(whole[:size], "a"), Reject), size
+
+
+def test_prober_survives_crash_and_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "crashing_probe.py").write_text("import os, sys; sys.stdin.readline(); os.abort()")
+    (tmp_path / "hanging_probe.py").write_text("import signal; signal.pause()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    clip = write_clip(tmp_path / "a.mp4", 3)
+    with Prober(module="crashing_probe") as prober:
+        for _ in range(2):
+            found = prober.probe(clip, "a.mp4")
+            assert isinstance(found, Reject)
+            assert found.code == "probe_crash"
+    with Prober(timeout_s=0.2, module="hanging_probe") as prober:
+        found = prober.probe(clip, "a.mp4")
+        assert isinstance(found, Reject)
+        assert found.code == "probe_timeout"
+
+
+def test_prober_answers_as_the_function_does(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "ä b.mp4", 3)
+    (tmp_path / "bad.mp4").write_bytes(b"x")
+    with Prober() as prober:
+        assert prober.probe(clip, clip.name) == probe_clip(clip, clip.name)
+        assert prober.probe(tmp_path / "bad.mp4", "bad.mp4") == probe_clip(tmp_path / "bad.mp4", "bad.mp4")
+
+
+def test_probing_does_not_load_torch() -> None:
+    code = "import sys, wan_dist.data.probe_worker; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_many_files_leave_no_threads_behind(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", 3)
+    before = threading.active_count(), len(list(Path("/proc/self/task").iterdir()))
+    for _ in range(30):
+        good(clip)
+    assert (threading.active_count(), len(list(Path("/proc/self/task").iterdir()))) == before
+
+
+@pytest.mark.skipif(not REAL_CLIPS.is_dir(), reason=f"the real clips are not at {REAL_CLIPS}")
+def test_real_clips() -> None:
+    found = {path.name: good(path) for path in sorted(REAL_CLIPS.glob("*.mp4"))}
+    assert {name: (i.width, i.height, round(i.fps), i.num_frames) for name, i in found.items()} == {
+        "crush-027.mp4": (832, 480, 16, 114),
+        "crush-030.mp4": (832, 480, 16, 146),
+        "crush-034.mp4": (832, 480, 16, 127),
+        "hiker.mp4": (720, 480, 8, 49),
+    }
