@@ -23,7 +23,9 @@ def run_app(app: typer.Typer, prog: str) -> NoReturn:
         app: the typer application.
         prog: program name as the user types it, for help and error lines.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for package in ("wan_dist", "data_tools"):
+        logging.getLogger(package).setLevel(logging.INFO)
     status = _status_of(app, prog)
     try:
         sys.stdout.flush()

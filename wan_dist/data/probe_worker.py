@@ -4,6 +4,7 @@ Run as `python -m wan_dist.data.probe_worker`: one JSON request per line on stdi
 The process ends when its stdin closes, hence also when its owner is killed.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -43,6 +44,17 @@ class Prober:
             path: the file.
             name: how a `Reject` names it.
         """
+        # Once more before blaming the clip: the process may have been killed for another's memory.
+        answer = self._ask(path, name) or self._ask(path, name)
+        if answer:
+            kind, fields = json.loads(answer)
+            return ClipInfo(**fields) if kind == "info" else Reject(**fields)
+        if answer is None:
+            return Reject("probe_timeout", name, f"reading it took over {self._timeout_s:g} s, twice; transcode it")
+        return Reject("probe_crash", name, "reading it crashed the decoder, twice; transcode it")
+
+    def _ask(self, path: Path, name: str) -> bytes | None:
+        """Return the answer for a file, b"" if the process ended over it, or None if it took too long."""
         process = self._process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -53,19 +65,17 @@ class Prober:
             answer = process.stdout.readline() if ready else None
         except BrokenPipeError:
             answer = b""
-        if answer:
-            kind, fields = json.loads(answer)
-            return ClipInfo(**fields) if kind == "info" else Reject(**fields)
-        self.close()
-        if answer is None:
-            return Reject("probe_timeout", name, f"reading it took over {self._timeout_s:g} s; transcode it")
-        return Reject("probe_crash", name, f"reading it ended the decoder ({process.returncode}); transcode it")
+        if not answer:
+            self.close()
+        return answer
 
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
+            # Not communicate(): it would flush requests that nobody reads any more.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.__exit__(None, None, None)
             self._process = None
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -76,6 +86,8 @@ class Prober:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            # Away from the terminal: Ctrl-C ends the packer, and must not look like a clip that crashed the decoder.
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": search_path},
         )
 

@@ -133,3 +133,36 @@ def test_duplicates_fill_a_slow_clip_when_allowed(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "slow.mp4", 5, fps=8)
     frames = decode_clip(path, Bucket(80, 48, 9), fps=16, allow_duplicate_frames=True)
     assert read_numbers(frames) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+
+
+def test_frames_cut_by_an_edit_list_are_not_shown(tmp_path: Path) -> None:
+    whole = write_clip(tmp_path / "whole.mp4", 60)
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        video = source.streams.video[0]
+        copy = cut.add_stream_from_template(video)
+        assert video.time_base is not None
+        frame_pts = int(Fraction(1, 24) / video.time_base)
+        for packet in source.demux(video):
+            # Keyframes are 0, 12, 24...: what shows from frame 17 must be decoded from frame 12.
+            if packet.dts is not None and packet.pts is not None and packet.pts >= 11 * frame_pts:
+                packet.stream = copy
+                packet.pts -= 17 * frame_pts
+                packet.dts -= 17 * frame_pts
+                cut.mux(packet)
+    assert read_numbers(decode_clip(tmp_path / "cut.mp4", Bucket(80, 48, 5), fps=24)) == [17, 18, 19, 20, 21]
+    late = decode_clip(tmp_path / "cut.mp4", Bucket(80, 48, 5), fps=24, choice=0.999)
+    assert read_numbers(late) == [55, 56, 57, 58, 59]
+
+
+def test_a_decoder_that_skips_a_frame_is_noticed(tmp_path: Path) -> None:
+    # Frame 6's payload is overwritten: the packet is there, the picture is not.
+    path = write_clip(tmp_path / "a.mp4", 10, options={"g": "100", "bf": "0", "preset": "ultrafast"})
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packet = next(
+            p for p in container.demux(video=0) if p.pts is not None and p.size and p.pts * p.time_base * 24 == 6
+        )
+        assert packet.pos is not None
+        content[packet.pos : packet.pos + packet.size] = b"\0" * packet.size
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_clip(bytes(content), Bucket(80, 48, 10), fps=24)
