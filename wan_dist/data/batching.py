@@ -35,6 +35,7 @@ class Batch:
         positions: where each sample stands in its bucket's endless stream; all its randomness is keyed by this.
         latents: [B, C, f, h, w] fp32, normalised, on the device.
         text_embeds: [B, 512, D] on the device.
+        condition: [B, 20, f, h, w] fp32 on the device for i2v-A14B, None for the other variants.
     """
 
     keys: tuple[str, ...]
@@ -42,6 +43,7 @@ class Batch:
     positions: tuple[int, ...]
     latents: Tensor
     text_embeds: Tensor
+    condition: Tensor | None
 
 
 class _Sample(NamedTuple):
@@ -66,6 +68,7 @@ class ClipBatches:
         encoders: Encoders,
         order: SampleOrder,
         *,
+        with_condition: bool,
         rank: int,
         world_size: int,
         micro_batch_size: int,
@@ -81,6 +84,7 @@ class ClipBatches:
             dataset: opened shards.
             encoders: VAE and text encoder.
             order: sample order whose block is one optimizer step.
+            with_condition: encode the first frame too, as i2v-A14B needs.
             rank: this rank among those that see different samples.
             world_size: number of such ranks; with the micro-batch it must divide the block.
             micro_batch_size: clips per forward pass.
@@ -93,6 +97,7 @@ class ClipBatches:
         if order.block_size % (world_size * micro_batch_size):
             raise ValueError(f"block of {order.block_size} does not divide by {world_size} x {micro_batch_size}")
         self._dataset, self._encoders, self._order = dataset, encoders, order
+        self._with_condition = with_condition
         self._rank, self._world_size, self._micro = rank, world_size, micro_batch_size
         self._seed, self._caption_dropout = seed, caption_dropout
         self._max_bad_fraction = max_bad_fraction
@@ -168,12 +173,16 @@ class ClipBatches:
         for start in range(0, len(futures), self._micro):
             samples = [future.result() for future in futures[start : start + self._micro]]
             self._check_bad_fraction()
+            # One tensor per clip: its latents and, behind them, the channels of its condition.
+            encoded = torch.stack([self._encoded(block.bucket, s) for s in samples])
+            num_channels = self._encoders.latents_mean.shape[1]
             yield Batch(
                 keys=tuple(s.key for s in samples),
                 bucket=block.bucket,
                 positions=tuple(s.position for s in samples),
-                latents=torch.stack([self._latents(block.bucket, s) for s in samples]),
+                latents=encoded[:, :num_channels],
                 text_embeds=torch.stack([self._text(s.prompt) for s in samples]),
+                condition=encoded[:, num_channels:] if self._with_condition else None,
             )
 
     def _check_bad_fraction(self) -> None:
@@ -184,13 +193,16 @@ class ClipBatches:
                 f"{self._max_bad_fraction}); the last: {self.bad_samples[-1]}"
             )
 
-    def _latents(self, bucket: int, sample: _Sample) -> Tensor:
+    def _encoded(self, bucket: int, sample: _Sample) -> Tensor:
         cached = self._latents_cache.get(sample.cache_key)
         if cached is None:
             frames = sample.frames
             if frames is None:  # dropped from the cache between reading ahead and now
-                return self._latents(bucket, self._read(bucket, sample.position))
-            cached = self._encoders.encode_video(frames[None])[0].cpu()
+                return self._encoded(bucket, self._read(bucket, sample.position))
+            parts = [self._encoders.encode_video(frames[None])]
+            if self._with_condition:
+                parts.append(self._encoders.encode_condition(frames[None]))
+            cached = torch.cat(parts, dim=1)[0].cpu()
             self._latents_cache.put(sample.cache_key, cached)
         return cached.to(self._encoders.device)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wan_dist.core.errors import ModelError
+from wan_dist.models.wan.condition import condition_video, first_frame_mask
 
 MAX_TEXT_TOKENS = 512
 
@@ -41,7 +42,24 @@ class Encoders:
             frames: [B, F, H, W, 3] RGB in 0..255.
         Source: `wan/modules/vae2_2.py` of the official repository, `Wan2_2_VAE.encode` (mean, then (x - mean) / std).
         """
-        video = torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+        return self._encode(self._video(frames))
+
+    @torch.no_grad()
+    def encode_condition(self, frames: NDArray[np.uint8]) -> Tensor:
+        """Return i2v-A14B's condition on the first frame: mask, then normalised latents, [B, 4 + C, f, h, w] fp32.
+
+        Args:
+            frames: [B, F, H, W, 3] RGB in 0..255.
+        """
+        latents = self._encode(condition_video(self._video(frames)))
+        mask = first_frame_mask(frames.shape[1], *latents.shape[-2:]).to(latents)
+        return torch.cat([mask.expand(len(latents), -1, -1, -1, -1), latents], dim=1)
+
+    def _video(self, frames: NDArray[np.uint8]) -> Tensor:
+        """Return [B, 3, F, H, W] in [-1, 1] on the device."""
+        return torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+
+    def _encode(self, video: Tensor) -> Tensor:
         return self.normalise(self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode())
 
     def normalise(self, latents: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[ClipBatches, str]:
         dataset,
         load_encoders(Path(cfg.model.path), ranks.device, DTYPES[cfg.model.dtype]),
         SampleOrder(dataset.counts, cfg.train.global_batch_size, _WINDOW_SHARDS, cfg.train.seed),
+        with_condition=get_variant(cfg.model.variant).needs_condition,
         rank=ranks.rank,
         world_size=ranks.world_size,
         micro_batch_size=cfg.train.micro_batch_size,

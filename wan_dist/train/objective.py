@@ -52,5 +52,6 @@ class Objective:
             noisy_latents.to(self.dtype),
             flow_matching.timestep_of(sigma),
             batch.text_embeds.to(self.dtype),
+            None if batch.condition is None else batch.condition.to(self.dtype),
         )
         return F.mse_loss(predicted.float(), flow_matching.velocity(batch.latents, noise))

@@ -18,7 +18,9 @@ def test_every_sample_comes_once_per_epoch_of_its_bucket(trial: int) -> None:
     rng = np.random.default_rng(trial)
     counts = rng.integers(0, 12, (int(rng.integers(1, 12)), int(rng.integers(1, 5))))
     counts[0, 0] += 1
-    order = SampleOrder(counts, block_size=int(rng.choice([1, 4, 16])), window_shards=int(rng.integers(1, 5)), seed=trial)
+    order = SampleOrder(
+        counts, block_size=int(rng.choice([1, 4, 16])), window_shards=int(rng.integers(1, 5)), seed=trial
+    )
     for bucket, total in enumerate(counts.sum(0)):
         if not total:
             continue

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-def predict_velocity(transformer: Any, noisy_latents: Tensor, timestep: Tensor, text_embeds: Tensor) -> Tensor:
-    """Return the predicted velocity of a text-to-video batch, [B, C, f, h, w] in the transformer's dtype.
+def predict_velocity(
+    transformer: Any, noisy_latents: Tensor, timestep: Tensor, text_embeds: Tensor, condition: Tensor | None
+) -> Tensor:
+    """Return the predicted velocity of a batch, [B, C, f, h, w] in the transformer's dtype.
 
     ti2v-5B's pipeline passes one timestep per token; in text-to-video all are equal, and one per sample gives the
     same numbers without a modulation table per token (tested against diffusers).
@@ -16,8 +19,10 @@ def predict_velocity(transformer: Any, noisy_latents: Tensor, timestep: Tensor, 
         noisy_latents: [B, C, f, h, w], VAE-normalised, in the compute dtype.
         timestep: [B] fp32, 1000 * sigma.
         text_embeds: [B, 512, D], zero after each prompt's true length, in the compute dtype.
-    Source: `diffusers/pipelines/wan/pipeline_wan.py`, `WanPipeline.__call__`.
+        condition: [B, 20, f, h, w] of i2v-A14B: mask, then the first frame's latents; None for the other variants.
+    Source: `__call__` of diffusers' `WanPipeline` and `WanImageToVideoPipeline`.
     """
+    hidden_states = noisy_latents if condition is None else torch.cat([noisy_latents, condition], dim=1)
     return transformer(
-        hidden_states=noisy_latents, timestep=timestep, encoder_hidden_states=text_embeds, return_dict=False
+        hidden_states=hidden_states, timestep=timestep, encoder_hidden_states=text_embeds, return_dict=False
     )[0]
