@@ -1,7 +1,6 @@
 """Writes complete tiny pipelines: the real component classes with a variant's real layout and very few parameters."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +9,9 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -35,7 +36,9 @@ _WORD_MARK = "▁"
 _TINY_VAE_48 = "assets/tiny_vae_48"
 
 
-def make_tiny_pipeline(variant: str, out_dir: Path, captions: Sequence[str] = DEFAULT_CAPTIONS, *, seed: int = 0) -> Path:
+def make_tiny_pipeline(
+    variant: str, out_dir: Path, captions: Sequence[str] = DEFAULT_CAPTIONS, *, seed: int = 0
+) -> Path:
     """Write a diffusers folder that WanPipeline or WanImageToVideoPipeline loads, and return its path.
 
     Transformers, text encoder and the 16-channel VAE are random; the 48-channel VAE is the trained one that the
@@ -62,7 +65,7 @@ def make_tiny_pipeline(variant: str, out_dir: Path, captions: Sequence[str] = DE
     try:
         _write_components(spec, temporary_dir, words, seed)
         temporary_dir.chmod(0o755)  # mkdtemp makes it private to the user
-        os.replace(temporary_dir, out_dir)
+        temporary_dir.replace(out_dir)
     except BaseException:
         shutil.rmtree(temporary_dir, ignore_errors=True)
         raise
@@ -178,7 +181,6 @@ def build_text_encoder(num_tokens: int) -> UMT5EncoderModel:
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
         use_cache=False,
-        tie_word_embeddings=False,
     )
     return UMT5EncoderModel(config).eval()
 
@@ -221,5 +223,6 @@ def measure_latents(vae: AutoencoderKLWan) -> tuple[list[float], list[float]]:
     """
     coarse = torch.rand(16, 3, 3, 4, 4) * 2.0 - 1.0
     videos = nn.functional.interpolate(coarse, size=(9, 64, 64), mode="trilinear")
-    latents = vae.encode(videos).latent_dist.mode().transpose(0, 1).flatten(1)
+    posterior = vae.encode(videos, return_dict=False)[0]
+    latents = posterior.mode().transpose(0, 1).flatten(1)  # pyright: ignore[reportAttributeAccessIssue]
     return latents.mean(dim=1).tolist(), latents.std(dim=1).clamp(min=1e-3).tolist()
