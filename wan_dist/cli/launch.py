@@ -23,6 +23,7 @@ def launch(
     """Train on this machine: one rank per GPU through the DeepSpeed launcher, all ended together."""
     from wan_dist.config.check import check_paths
     from wan_dist.config.load import load_config
+    from wan_dist.io.run_folder import mark_failed
     from wan_dist.parallel.environment import prepare_environment
     from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks
 
@@ -31,16 +32,19 @@ def launch(
         check_paths(cfg)
     prepare_environment()
     num_ranks = num_gpus or _visible_gpus()
-    command = deepspeed_command(
-        num_ranks, ["wan_dist", "train", str(config), *(overrides or [])], port=_free_port()
-    )
+    command = deepspeed_command(num_ranks, ["wan_dist", "train", str(config), *(overrides or [])], port=_free_port())
     if dry_run:
         import shlex
 
         typer.echo(shlex.join(command))
         return
     env = {"OMP_NUM_THREADS": str(rank_threads(num_ranks)), **os.environ}
-    raise typer.Exit(run_ranks(command, env=env))
+    try:
+        status = run_ranks(command, env=env)
+    finally:
+        # Nothing runs any more: a rank that was killed could not say so itself.
+        mark_failed(Path(cfg.run_dir), "the job ended before the run could say why")
+    raise typer.Exit(status)
 
 
 def _visible_gpus() -> int:

@@ -7,7 +7,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _QUIET = ("DeepSpeed", "httpx", "urllib3", "filelock")
 
@@ -31,7 +39,9 @@ def log_as_rank(rank: int, level: str, console: Console | None = None) -> None:
         handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level if rank == 0 else logging.WARNING)
+    own = logging.getLevelNamesMapping()[level] if rank == 0 else logging.WARNING
+    root.setLevel(max(own, logging.WARNING))
+    logging.getLogger("wan_dist").setLevel(own)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     # torch 2.13 deprecates the collectives that DeepSpeed 0.19 calls, once per call site and rank.

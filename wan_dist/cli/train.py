@@ -1,9 +1,18 @@
 """`wan-dist train`: the program of one rank."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from wan_dist.parallel.shutdown import StopRequest
+
+# Other ranks may be slower to reach the same mistake, and the launcher looks at its ranks once a second.
+_MAIN_SPEAKS_WITHIN_S = 10.0
 
 EPILOG = (
     "Examples: wan-dist train configs/train/tiny-4clips.yaml   |   "
@@ -18,22 +27,46 @@ def train(
     ] = None,
 ) -> None:
     """Run one rank of a training job; a launcher starts several (see `wan-dist launch`)."""
-    from rich.console import Console
-
-    from wan_dist.cli.progress import log_as_rank, progress_bar, quiet_libraries
-    from wan_dist.config.load import load_config
-    from wan_dist.core.errors import WanDistError
-    from wan_dist.io.run_folder import write_status
-    from wan_dist.parallel.environment import prepare_environment
     from wan_dist.parallel.shutdown import StopRequest
 
     stop = StopRequest()
     stop.install()
-    cfg = load_config(config, overrides or [])
+    with _said_once(stop):
+        code = _train(config, overrides or [], stop)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _said_once(stop: "StopRequest") -> Iterator[None]:
+    """Leave what is wrong on every rank to rank 0, whose end makes the launcher stop the others."""
+    from wan_dist.core.errors import WanDistError
+
+    try:
+        yield
+    except WanDistError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0:
+            raise
+        if stop.wait(_MAIN_SPEAKS_WITHIN_S):
+            raise typer.Exit(error.exit_code) from None
+        raise type(error)(f"rank {rank}: {error}") from error
+
+
+def _train(config: Path, overrides: list[str], stop: "StopRequest") -> int:
+    from rich.console import Console
+
+    from wan_dist.cli.progress import log_as_rank, progress_bar, quiet_libraries
+    from wan_dist.config.load import load_config
+    from wan_dist.io.run_folder import mark_failed
+    from wan_dist.parallel.environment import prepare_environment
+
+    cfg = load_config(config, overrides)
     prepare_environment()
     from wan_dist.parallel.dist import ranks_from_environment
 
     ranks = ranks_from_environment()
+    if ranks.is_main:
+        stop.before_force = lambda why: mark_failed(Path(cfg.run_dir), why)
     console = Console(stderr=True)
     log_as_rank(ranks.rank, cfg.log.level, console)
     from wan_dist.train.build import run_training
@@ -49,10 +82,4 @@ def train(
                 if loss is not None:
                     progress.update(task, loss=f"loss {loss:.4f}")
 
-        try:
-            code = run_training(cfg, ranks, stop, on_step)
-        except WanDistError as error:
-            if ranks.is_main and Path(cfg.run_dir).is_dir():
-                write_status(Path(cfg.run_dir), "failed", error=str(error))
-            raise
-    raise typer.Exit(code)
+        return run_training(cfg, ranks, stop, on_step)

@@ -52,13 +52,14 @@ class _Sample(NamedTuple):
     prompt: str
     cache_key: str
     frames: NDArray[np.uint8] | None  # None: its latents are in the cache
+    problems: tuple[str, ...]  # of the samples that it replaces
 
 
 class ClipBatches:
     """Reads, decodes and encodes this rank's share of every block, reading ahead in threads.
 
     Attributes:
-        num_read: samples asked for so far.
+        num_read: samples read for the batches so far, replaced ones included.
         bad_samples: what was wrong with those that could not be read and were replaced.
     """
 
@@ -141,19 +142,25 @@ class ClipBatches:
 
     def _read(self, bucket: int, position: int) -> _Sample:
         """Read the sample at `position`, or a replacement that depends on the position only."""
+        problems: list[str] = []
         for attempt in range(_MAX_SUBSTITUTES):
             place = position if attempt == 0 else seed_of(self._seed, "substitute", bucket, position, attempt) % 2**40
             try:
-                return self._read_exactly(bucket, position, place)
+                sample = self._read_exactly(bucket, position, place)
             except DataError as error:
-                self._count_bad(str(error))
-        raise DataError(f"bucket {bucket}: {_MAX_SUBSTITUTES} samples in a row could not be read; check the shards.")
+                problems.append(str(error))
+                logger.warning("replaced an unreadable sample: %s", error)
+            else:
+                return sample._replace(problems=tuple(problems))
+        raise DataError(
+            f"bucket {bucket}: {_MAX_SUBSTITUTES} samples in a row could not be read; check the shards. "
+            f"The last: {problems[-1]}"
+        )
 
     def _read_exactly(self, bucket: int, position: int, place: int) -> _Sample:
         def draw(purpose: str) -> float:
             return uniform(self._seed, purpose, bucket, position)
 
-        self.num_read += 1
         ref = self._order.at(bucket, place)
         clip = self._dataset.locate(
             bucket, ref.shard, ref.index, choice=draw("frames"), crop_xy=(draw("crop_x"), draw("crop_y"))
@@ -163,16 +170,12 @@ class ClipBatches:
             prompt = ""
         known = self._latents_cache.get(clip.cache_key) is not None
         frames = None if known else self._dataset.frames(clip)
-        return _Sample(position, clip.key, prompt, clip.cache_key, frames)
-
-    def _count_bad(self, message: str) -> None:
-        self.bad_samples.append(message)
-        logger.warning("replaced an unreadable sample: %s", message)
+        return _Sample(position, clip.key, prompt, clip.cache_key, frames, ())
 
     def _batches(self, block: Block, futures: Sequence[Future[_Sample]]) -> Iterator[Batch]:
         for start in range(0, len(futures), self._micro):
             samples = [future.result() for future in futures[start : start + self._micro]]
-            self._check_bad_fraction()
+            self._count(samples)
             # One tensor per clip: its latents and, behind them, the channels of its condition.
             encoded = torch.stack([self._encoded(block.bucket, s) for s in samples])
             num_channels = self._encoders.latents_mean.shape[1]
@@ -185,7 +188,11 @@ class ClipBatches:
                 condition=encoded[:, num_channels:] if self._with_condition else None,
             )
 
-    def _check_bad_fraction(self) -> None:
+    def _count(self, samples: Sequence[_Sample]) -> None:
+        # Counted here and not by the reader threads: the sums depend on the samples used and on no timing.
+        for sample in samples:
+            self.num_read += 1 + len(sample.problems)
+            self.bad_samples.extend(sample.problems)
         num_bad = len(self.bad_samples)
         if self.num_read >= _MIN_READ_BEFORE_ABORT and num_bad > self._max_bad_fraction * self.num_read:
             raise DataError(

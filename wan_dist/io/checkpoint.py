@@ -8,9 +8,9 @@ whose manifest verifies is the truth.
 
 import json
 import logging
-import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; the checkpoint was never completed.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error!r}).") from None
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint's ({error!r}).") from None
 
 
 def step_folders(root: Path) -> list[Path]:
@@ -125,11 +125,17 @@ def save(engine: Any, root: Path, step: int, state: dict[str, Any]) -> Path:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     temporary, final = root / f".tmp-{folder_name(step)}", root / folder_name(step)
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+    try:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        # DeepSpeed's own collectives lie in there, so the ranks cannot agree any more: this rank's end ends the job.
+        raise CheckpointError(
+            f"{temporary}: rank {rank} could not write ({error}); the previous checkpoint is untouched."
+        ) from error
     failure = _attempt(lambda: save_file(_rng_state(), temporary / _rng_name(rank)))
     dist.barrier()
     hashes: dict[str, dict[str, Any]] = {}
@@ -194,12 +200,26 @@ def _sync_and_hash(folder: Path, rank: int, world_size: int) -> dict[str, dict[s
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     write_json_atomic(temporary / MANIFEST_NAME, manifest)
+    replaced = final.with_name(f".tmp-{final.name}-replaced")
     if final.exists():
-        # A damaged folder of the same step: resume passed it over and trained these steps again.
-        shutil.rmtree(final)
-    os.rename(temporary, final)
+        final.rename(replaced)
+    temporary.rename(final)
     sync(final.parent)
     write_text_atomic(final.parent / POINTER_NAME, final.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_world_size(checkpoint: Checkpoint, world_size: int) -> None:
+    """Return if this number of ranks can continue from the checkpoint.
+
+    Raises:
+        CheckpointError: another number wrote it.
+    """
+    if checkpoint.world_size != world_size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: written by {checkpoint.world_size} ranks, this job has {world_size}; "
+            f"start it with {checkpoint.world_size}."
+        )
 
 
 def restore(engine: Any, checkpoint: Checkpoint) -> None:
@@ -208,11 +228,7 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: written by another number of ranks, or DeepSpeed could not load it.
     """
-    if checkpoint.world_size != dist.get_world_size():
-        raise CheckpointError(
-            f"{checkpoint.folder}: written by {checkpoint.world_size} ranks, this job has {dist.get_world_size()}; "
-            f"start it with {checkpoint.world_size}."
-        )
+    check_world_size(checkpoint, dist.get_world_size())
     # Always an explicit tag and always the optimizer: DeepSpeed's partial modes load nothing under ZeRO-3 (0.19.8).
     path, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
     if path is None:
@@ -221,6 +237,15 @@ def restore(engine: Any, checkpoint: Checkpoint) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def set_aside_newer(root: Path, step: int) -> None:
+    """Rename what lies after `step`: damaged, passed over by resume, and not to be counted as kept; rank 0 only."""
+    for folder in step_folders(root):
+        if folder.name > folder_name(step):
+            aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns()}")
+            logger.warning("%s is damaged and was renamed to %s; delete it when you like", folder, aside.name)
+            folder.rename(aside)
 
 
 def prune(root: Path, keep_last: int) -> None:

@@ -1,7 +1,6 @@
 """Sharded checkpoints into folders that users load."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ def to_diffusers(
         _write_transformer(temporary / trained, tensors, checkpoint, dtype, max_shard_bytes, progress)
         if out.exists():
             out.rmdir()
-        os.rename(temporary, out)
+        temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -12,7 +12,7 @@ _CHUNK_BYTES = 4 << 20
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as handle:
+    with path.open("rb", buffering=0) as handle:
         buffer = bytearray(_CHUNK_BYTES)
         view = memoryview(buffer)
         while count := handle.readinto(buffer):
@@ -32,11 +32,11 @@ def sync(path: Path) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace a file's text so that a reader, or a crash, sees the old or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
+    with temporary.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     sync(path.parent)
 
 

@@ -13,6 +13,7 @@ from wan_dist.io.hashing import write_json_atomic, write_text_atomic
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
+_UNDER_WAY = ("starting", "training", "saving")
 _PACKAGES = ("wan_dist", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "webdataset", "av")
 
 
@@ -61,6 +62,29 @@ def write_status(run_dir: Path, state: str, **values: Any) -> None:
         values: further JSON values.
     """
     write_json_atomic(run_dir / "status.json", {"state": state, "time": time.time(), "pid": os.getpid(), **values})
+
+
+def mark_failed(run_dir: Path, error: str) -> None:
+    """Make `status.json` say that the run failed, if it still says that this process or one that is gone runs it."""
+    try:
+        status = read_status(run_dir)
+    except CheckpointError:
+        return
+    if status.get("state") in _UNDER_WAY and not _runs_elsewhere(status.get("pid", 0)):
+        kept = {name: value for name, value in status.items() if name not in ("state", "time", "pid")}
+        write_status(run_dir, "failed", **kept, error=error)
+
+
+def _runs_elsewhere(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

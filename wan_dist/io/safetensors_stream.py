@@ -105,16 +105,16 @@ def _write_file(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as handle:
+    with temporary.open("wb") as handle:
         handle.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, tensor in tensors.items():
             for chunk in _chunks(tensor, dtype):
                 if not torch.isfinite(chunk).all():
                     raise CheckpointError(f"{name}: holds values that are not finite in {dtype}; nothing was exported.")
-                on_bytes(handle.write(chunk.view(torch.uint8).numpy()))
+                on_bytes(handle.write(chunk.view(torch.uint8).numpy().data))
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)
     sync(path.parent)
 
 

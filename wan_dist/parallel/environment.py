@@ -66,7 +66,7 @@ def build_guard(*, wait_s: float = 1800.0) -> Iterator[None]:
     """
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _BUILD_LOCK, "a") as handle:
+    with (folder / _BUILD_LOCK).open("a") as handle:
         _lock(handle.fileno(), folder, wait_s)
         _clear_leftovers(folder, own=os.environ.get(_OWN_DIR_VARIABLE) == "1")
         yield
@@ -101,6 +101,6 @@ def _clear_leftovers(folder: Path, *, own: bool) -> None:
             lock.unlink(missing_ok=True)
         elif age_s > STALE_AFTER_S:
             raise LaunchError(
-                f"{lock}: left {age_s / 60:.0f} min ago by a build that was probably killed; every start would wait for "
-                "it for ever. Delete it if nothing is compiling, or unset TORCH_EXTENSIONS_DIR."
+                f"{lock}: left {age_s / 60:.0f} min ago by a build that was probably killed; every start would "
+                "wait for it for ever. Delete it if nothing is compiling, or unset TORCH_EXTENSIONS_DIR."
             )

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # The ranks end themselves within `shutdown.GRACE_S`; what is left after this is killed.
 KILL_AFTER_S = 28.0
 _POLL_S = 0.1
+_KILLED = {256 - s: s for s in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)}
 
 
 def deepspeed_command(num_ranks: int, program: Sequence[str], *, port: int) -> list[str]:
@@ -33,7 +34,8 @@ def deepspeed_command(num_ranks: int, program: Sequence[str], *, port: int) -> l
     module, *args = program
     return [
         *(sys.executable, "-c", cli, "--num_gpus", str(num_ranks), "--master_port", str(port)),
-        *("--log_level", "warning", "--no_local_rank", "--module", module, *args),
+        # Its warnings go to stdout, which is for results; what ended the ranks is said by them or by `run_ranks`.
+        *("--log_level", "critical", "--no_local_rank", "--module", module, *args),
     ]
 
 
@@ -49,7 +51,7 @@ def run_ranks(command: Sequence[str], *, env: Mapping[str, str] | None = None, c
     the `deepspeed` command would die of them and leave its ranks behind.
 
     Raises:
-        LaunchError: the command could not be started.
+        LaunchError: the command could not be started, or the system killed a rank.
     """
     try:
         process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True, preexec_fn=_end_with_parent)
@@ -67,7 +69,13 @@ def run_ranks(command: Sequence[str], *, env: Mapping[str, str] | None = None, c
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-    return 128 + received[0] if received else status
+    if received:
+        return 128 + received[0]
+    # The launcher exits with a rank's status, -9 for one that was killed, of which the system keeps the low byte.
+    if status in _KILLED:
+        name = signal.Signals(_KILLED[status]).name
+        raise LaunchError(f"a rank was ended by {name}; out of memory is the usual reason (see `dmesg`).")
+    return status
 
 
 def _end_with_parent() -> None:
@@ -103,4 +111,14 @@ def _group_alive(group: int) -> bool:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
-    return True
+    # In a container whose first process never waits for orphans, ranks that ended stay in the table for ever.
+    states = [state for state, member_of in _processes() if member_of == group]
+    return not states or any(state != "Z" for state in states)
+
+
+def _processes() -> Iterator[tuple[str, int]]:
+    """Yield state letter and process group of every process; nothing where there is no /proc."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+            yield state, int(group)

@@ -37,7 +37,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return {name: folder / file for name, file in weight_map.items()}
     if single.is_file():
         with _open(single) as handle:
-            return {name: single for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            return dict.fromkeys(handle.keys(), single)
     raise ModelError(f"{folder}: has neither {single.name} nor {index.name}; a diffusers model folder is needed.")
 
 
@@ -107,7 +107,7 @@ def _fill(parameter: Any, source: Any, where: str) -> None:
 
 
 def _flat_range(source: Any, shape: torch.Size, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (flat offset, values) that cover elements [start, stop) of a row-major tensor, whole rows read at a time."""
+    """Yield (flat offset, values) that cover elements [start, stop) of a row-major tensor, reading whole rows."""
     if not shape:
         if start < stop:
             yield 0, source[...].reshape(1)

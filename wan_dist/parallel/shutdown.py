@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 GRACE_S = 25.0
 _LAUNCHER_POLL_S = 1.0
 _SECOND_INTERRUPT_S = 1.0
+_LAUNCHER_PROGRAMS = {"deepspeed", "torchrun"}
+_LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed")
 
 
 @dataclass
@@ -29,10 +32,12 @@ class StopRequest:
     Attributes:
         signum: the first signal received, None while the job may go on.
         grace_s: seconds between the first signal and the forced end.
+        before_force: called just before the forced end, with what led to it.
     """
 
     signum: int | None = None
     grace_s: float = GRACE_S
+    before_force: Callable[[str], None] | None = None
     _since: float = field(default=0.0, repr=False)
 
     @property
@@ -49,13 +54,29 @@ class StopRequest:
         now = time.monotonic()
         if self.signum is None:
             self.signum, self._since = signum, now
-            os.write(2, f"{signal.Signals(signum).name}: stopping after this step\n".encode())
-            timer = threading.Timer(self.grace_s, force_exit, args=(128 + signum, f"{self.grace_s:.0f} s of grace"))
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, f"{signal.Signals(signum).name}: stopping after this step\n".encode())
+            timer = threading.Timer(self.grace_s, self._force, args=(128 + signum,))
             timer.daemon = True
             timer.start()
         elif signum == signal.SIGINT and now - self._since > _SECOND_INTERRUPT_S:
             # Launchers repeat signals within milliseconds; a person pressing Ctrl-C again means it.
             os._exit(128 + signum)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return whether the job is told to stop within `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        while not self.requested and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.requested
+
+    def _force(self, code: int) -> None:
+        why = f"{self.grace_s:.0f} s of grace"
+        try:
+            if self.before_force:
+                self.before_force(f"ended by force after {why}")
+        finally:
+            force_exit(code, why)
 
     def install(self) -> None:
         """Handle SIGTERM and SIGINT with this object and end with the launcher; main thread only."""
@@ -81,10 +102,15 @@ def _parent_of(pid: int) -> int:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return False
-    return b"deepspeed" in command or b"torchrun" in command or b"torch.distributed" in command
+    # A shell whose command only mentions a launcher is none: it may end while the job goes on.
+    if not Path(words[0]).name.startswith("python"):
+        return False
+    return any(Path(word).name in _LAUNCHER_PROGRAMS for word in words[1:3]) or any(
+        module in word for word in words[1:4] for module in _LAUNCHER_MODULES
+    )
 
 
 def launcher_pids() -> list[int]:

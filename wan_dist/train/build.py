@@ -17,7 +17,8 @@ from wan_dist.data.batching import ClipBatches
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.encode import load_encoders
 from wan_dist.io import checkpoint as checkpoints
-from wan_dist.io.run_folder import checkpoints_dir, describe_run, write_status
+from wan_dist.io.checkpoint import Checkpoint
+from wan_dist.io.run_folder import checkpoints_dir, describe_run, mark_failed, write_status
 from wan_dist.models.wan.transformer import (
     empty_transformer,
     read_transformer_config,
@@ -62,15 +63,39 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     accumulation_steps = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
-    ds_config = _ds_config(cfg, ranks, accumulation_steps)
+    batches, digest = build_batches(cfg, ranks)
+    identity = run_identity(cfg, digest)
+    checkpoint = find_resume(checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
+    # What was refused until here leaves the folder of the run that it would have changed as it was.
+    ds_config = deepspeed_settings(cfg, ranks, accumulation_steps)
     if ranks.is_main:
         describe_run(run_dir, config_yaml=dump_config(cfg), ds_config=ds_config, world_size=ranks.world_size)
         write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
-    variant = get_variant(cfg.model.variant)
-    batches, digest = build_batches(cfg, ranks)
-    engine = build_engine(cfg, variant, ds_config, ranks)
-    identity = run_identity(cfg, digest)
-    state = resume(engine, checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
+    try:
+        engine = build_engine(cfg, get_variant(cfg.model.variant), ds_config, ranks)
+        state = resume(engine, checkpoint)
+        _run(cfg, ranks, stop, engine, batches, identity, state, on_step)
+    except Exception as error:
+        if ranks.is_main:
+            mark_failed(run_dir, str(error) or repr(error))
+        raise
+    finally:
+        batches.close()
+    return _finish(run_dir, ranks, stop, state, cfg.train.num_steps)
+
+
+def _run(
+    cfg: TrainConfig,
+    ranks: Ranks,
+    stop: StopRequest,
+    engine: Any,
+    batches: ClipBatches,
+    identity: dict[str, Any],
+    state: TrainState,
+    on_step: OnStep,
+) -> None:
+    """Train from `state`, advanced in place, to the end or until told to stop, and save."""
+    run_dir = Path(cfg.run_dir)
     reports = ReportHook(
         run_dir,
         ranks,
@@ -87,11 +112,12 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         every=cfg.checkpoint.save_every,
         keep_last=cfg.checkpoint.keep_last,
         identity=identity,
+        saved_step=state.step,  # 0, or what was resumed from
     )
     try:
         train(
             engine,
-            build_objective(cfg, variant),
+            build_objective(cfg, get_variant(cfg.model.variant)),
             batches,
             state,
             num_steps=cfg.train.num_steps,
@@ -102,8 +128,6 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         saves.save_now(state)
     finally:
         reports.close()
-        batches.close()
-    return _finish(run_dir, ranks, stop, state, cfg.train.num_steps)
 
 
 def _finish(run_dir: Path, ranks: Ranks, stop: StopRequest, state: TrainState, num_steps: int) -> int:
@@ -134,7 +158,8 @@ def accumulation(cfg: TrainConfig, world_size: int) -> int:
     return batch // (micro * world_size)
 
 
-def _ds_config(cfg: TrainConfig, ranks: Ranks, accumulation_steps: int) -> dict[str, Any]:
+def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, accumulation_steps: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run."""
     return deepspeed_config(
         micro_batch_size=cfg.train.micro_batch_size,
         accumulation_steps=accumulation_steps,
@@ -231,8 +256,8 @@ def run_identity(cfg: TrainConfig, data_digest: str) -> dict[str, Any]:
     }
 
 
-def resume(engine: Any, root: Path, mode: str, identity: dict[str, Any], ranks: Ranks) -> TrainState:
-    """Return where to continue, the engine restored; a fresh state if there is nothing to resume from.
+def find_resume(root: Path, mode: str, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
+    """Return the checkpoint to continue from, None for a fresh run; collective.
 
     Raises:
         CheckpointError: `mode` is require and there is none, never and there is one, or the run was another one.
@@ -245,7 +270,7 @@ def resume(engine: Any, root: Path, mode: str, identity: dict[str, Any], ranks: 
         if checkpoints.step_folders(root):
             reason = "checkpoint.resume is never" if mode == "never" else "none of them is whole"
             raise CheckpointError(f"{root}: has checkpoints, but {reason}; choose another run_dir or delete them.")
-        return TrainState()
+        return None
     for name in _UNCHANGED:
         before, now = checkpoint.state.get(name), identity[name]
         if before != now:
@@ -253,6 +278,16 @@ def resume(engine: Any, root: Path, mode: str, identity: dict[str, Any], ranks: 
                 f"{checkpoint.folder}: was saved with {name} = {before}, this run has {now}; "
                 "restore it, or choose another run_dir."
             )
+    checkpoints.check_world_size(checkpoint, ranks.world_size)
+    if ranks.is_main:
+        checkpoints.set_aside_newer(root, checkpoint.step)
+    return checkpoint
+
+
+def resume(engine: Any, checkpoint: Checkpoint | None) -> TrainState:
+    """Return where to continue, the engine restored; a fresh state without a checkpoint."""
+    if checkpoint is None:
+        return TrainState()
     checkpoints.restore(engine, checkpoint)
     logger.info("resumed from %s", checkpoint.folder)
     return TrainState(checkpoint.step, checkpoint.state["epoch"], checkpoint.state["block"])

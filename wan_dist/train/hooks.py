@@ -101,7 +101,7 @@ class ReportHook:
         )
         try:
             # Metrics must never end a run: on a full disk even TensorBoard raises in the caller (tensorboard 2.21).
-            with open(self._run_dir / "metrics.jsonl", "a", encoding="utf-8") as handle:
+            with (self._run_dir / "metrics.jsonl").open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
             if self._writer:
                 for name in ("loss", "grad_norm", "lr", "step_s", "data_wait_s"):
@@ -123,6 +123,7 @@ class CheckpointHook:
         every: int,
         keep_last: int,
         identity: dict[str, Any],
+        saved_step: int,
     ) -> None:
         """Remember where and what to save.
 
@@ -133,10 +134,11 @@ class CheckpointHook:
             every: steps between saves; 0 only when asked.
             keep_last: checkpoints kept.
             identity: JSON values that a resume must find unchanged, and what export needs.
+            saved_step: the step that is on disk already, or 0.
         """
         self._engine, self._root, self._ranks = engine, root, ranks
         self._every, self._keep_last, self._identity = every, keep_last, identity
-        self._saved_step: int | None = None
+        self._saved_step = saved_step
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Save when due."""
