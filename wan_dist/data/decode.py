@@ -145,7 +145,8 @@ def _fill(
 def _frames_from(source: Path | bytes, start_pts: int | None) -> Iterator[tuple[VideoFrame, Fraction]]:
     """Yield frames with their pixels' aspect ratio from the keyframe before `start_pts`, or from the head.
 
-    Yields nothing if the seek lands behind `start_pts`, as it can in files with a poor index.
+    Yields nothing if the seek lands elsewhere, as it can in files with a poor index: decoders show frames whose
+    references are missing as if they were whole.
     """
     with open_media(source) as (container, video):
         aspect = sample_aspect(video)
@@ -153,7 +154,7 @@ def _frames_from(source: Path | bytes, start_pts: int | None) -> Iterator[tuple[
             container.seek(start_pts, stream=video)
         first = start_pts is not None
         for packet in container.demux(video):
-            if first and (packet.pts is None or packet.pts > (start_pts or 0)):
+            if first and (not packet.is_keyframe or packet.pts is None or packet.pts > (start_pts or 0)):
                 return
             first = False
             for frame in video.decode(packet):

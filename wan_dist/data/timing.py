@@ -1,6 +1,6 @@
 """Which frames of a clip are shown at a training frame rate.
 
-Target stamps are k / fps after the first chosen frame, and each takes the frame nearest in time. 24 to 16 frames per
+Target stamps are k / fps after the start of a window, and each takes the frame nearest in time. 24 to 16 frames per
 second therefore judders, as any such conversion without blending does.
 """
 
@@ -73,9 +73,7 @@ def choose_frames(
         allow_duplicate_frames: a frame may be shown more than once.
     """
     slack_s = max(0.0, float(stamps_s[-1] - stamps_s[0]) - (num_frames - 1) / fps)
-    # The window starts on a frame: halfway between two, rounding would pick now the earlier, now the later one.
-    start_s = stamps_s[_nearest(stamps_s, np.array([stamps_s[0] + choice * slack_s]))[0]]
-    indices = _nearest(stamps_s, start_s + np.arange(num_frames) / fps)
+    indices = _nearest(stamps_s, stamps_s[0] + choice * slack_s + np.arange(num_frames) / fps)
     if allow_duplicate_frames:
         return indices
     steps = np.arange(num_frames)

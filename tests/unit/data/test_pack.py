@@ -119,6 +119,20 @@ def test_a_lost_or_cut_shard_is_written_again(clips: Path, tmp_path: Path) -> No
     assert contents(tmp_path) == before
 
 
+def test_a_folder_under_repair_does_not_look_whole(clips: Path, tmp_path: Path) -> None:
+    pack_clips(clips, tmp_path, shard_clips=2)
+    (tmp_path / "data-000001.tar").unlink()
+
+    def interrupt(state: PackProgress) -> None:
+        if state.done_clips == state.num_clips:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_clips(clips, tmp_path, shard_clips=2, progress=interrupt)
+    with pytest.raises(DataError, match="has not finished"):
+        open_shards(tmp_path)
+
+
 def test_changed_input_is_refused_without_restart(clips: Path, tmp_path: Path) -> None:
     pack_clips(clips, tmp_path, shard_clips=4)
     with pytest.raises(DataError, match=r"options .*4.* -> .*5.*--restart"):

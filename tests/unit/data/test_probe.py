@@ -1,11 +1,15 @@
 """Probing says what a file holds, and gives a reason for every bad one."""
 
+import resource
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
 from PIL import Image
 
@@ -68,11 +72,33 @@ def test_bad_files_are_rejected_with_code_and_hint(tmp_path: Path) -> None:
     assert missing.code == "missing_file"
 
 
+def test_what_needs_other_handling_is_named(tmp_path: Path) -> None:
+    hdr = {"preset": "ultrafast", "x264-params": "transfer=smpte2084:colorprim=bt2020:colormatrix=bt2020nc"}
+    path = write_clip(tmp_path / "hdr.mp4", 2, pix_fmt="yuv420p10le", options=hdr)
+    found = probe_clip(path, "hdr.mp4")
+    assert isinstance(found, Reject)
+    assert found.code == "hdr"
+
+
+def test_a_small_file_cannot_ask_for_a_huge_picture(tmp_path: Path) -> None:
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    for tail in (b"", b"\0\0\0\5IDAT" + b"x" * 100):
+        assert isinstance(probe_clip(png + tail, "bomb.png"), Reject)
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # The picture would have 10 GiB.
+    assert peak_mib < 4096
+
+
 def test_every_cut_of_a_clip_is_noticed(tmp_path: Path) -> None:
     whole = write_clip(tmp_path / "a.mp4", 24, container_options={"movflags": "faststart"}).read_bytes()
     assert isinstance(probe_clip(whole, "a"), ClipInfo)
     for size in range(0, len(whole) - 1, len(whole) // 60):
         assert isinstance(probe_clip(whole[:size], "a"), Reject), size
+    # Cut between two frames nothing in the file is damaged, there is only less of it.
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        starts = sorted(p.pos for p in container.demux(video=0) if p.size and p.pos is not None)
+    assert all(isinstance(probe_clip(whole[:start], "a"), Reject) for start in starts)
 
 
 def test_prober_survives_crash_and_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
