@@ -148,3 +148,11 @@ def test_real_clips() -> None:
         "crush-034.mp4": (832, 480, 16, 127),
         "hiker.mp4": (720, 480, 8, 49),
     }
+
+
+def test_frames_that_share_a_stamp_are_rejected(tmp_path: Path) -> None:
+    # Matroska counts milliseconds, so frames at 3000 per second collide.
+    path = write_clip(tmp_path / "dup.mkv", 12, fps=3000, options={"preset": "ultrafast", "bf": "0"})
+    found = probe_clip(path, "dup.mkv")
+    assert isinstance(found, Reject)
+    assert found.code == "repeated_timestamps"
