@@ -1,0 +1,52 @@
+"""One rank of a ZeRO-3 job: the loss and full gradients of the first step, for `test_one_step.py`.
+
+Usage: one_step_program.py CONFIG OUT
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from wan_dist.config.load import load_config
+from wan_dist.models.wan.variants import get_variant
+from wan_dist.parallel.environment import prepare_environment
+
+
+def main(config: str, out: str) -> None:
+    prepare_environment()
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from wan_dist.parallel import dist
+    from wan_dist.train import build
+
+    cfg = load_config(Path(config), [])
+    ranks = dist.ranks_from_environment()
+    dist.start(ranks, timeout_s=60)
+    variant = get_variant(cfg.model.variant)
+    steps_per_rank = build.accumulation(cfg, ranks.world_size)
+    batches, _ = build.build_batches(cfg, ranks)
+    engine = build.build_engine(cfg, variant, build.deepspeed_settings(cfg, ranks, steps_per_rank), ranks)
+    objective = build.build_objective(cfg, variant)
+    _, micro_batches = next(batches.steps(0, 0))
+    losses, positions = [], []
+    for number, batch in enumerate(micro_batches):
+        if number:
+            engine.step()  # counts a micro-step; only the last one would update
+        loss = objective.loss(engine, batch)
+        engine.backward(loss)
+        losses.append(float(loss.detach()))
+        positions += [(batch.bucket, p) for p in batch.positions]
+    result = {"losses": torch.tensor(losses, dtype=torch.float64), "positions": torch.tensor(positions)}
+    for name, parameter in engine.module.named_parameters():
+        result[f"grad.{name}"] = safe_get_full_grad(parameter).clone()
+        result[f"weight.{name}"] = safe_get_full_fp32_param(parameter).clone()
+    save_file(result, f"{out}.rank{ranks.rank}.safetensors")
+    batches.close()
+    dist.barrier()
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[-2], sys.argv[-1])

@@ -1,0 +1,118 @@
+"""One training step on 2 ZeRO-3 ranks against a plain PyTorch loop written here from the formulas."""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+
+from tests.jobs import pack_clips, write_config
+from wan_dist.core.rng import generator, uniform
+from wan_dist.data.clips import ClipDataset
+from wan_dist.data.shapes import draw_clips
+from wan_dist.models.wan.build import make_tiny_pipeline
+from wan_dist.parallel.launch import run_ranks
+
+PROGRAM = Path(__file__).with_name("one_step_program.py")
+
+
+@dataclass(frozen=True)
+class Case:
+    variant: str
+    expert: str | None
+    folder: str
+    shift: float
+    sigma_range: tuple[float, float]
+
+
+CASES = [
+    Case("ti2v-5B", None, "transformer", 5.0, (0.0, 1.0)),
+    Case("t2v-A14B", "low_noise", "transformer_2", 12.0, (0.0, 0.875)),
+    Case("i2v-A14B", "high_noise", "transformer", 5.0, (0.9, 1.0)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.variant}-{c.expert}")
+def test_loss_and_gradients_equal_a_plain_loop(case: Case, tmp_path: Path):
+    clips = draw_clips(9, 64, 64)[:4]
+    shards = pack_clips(tmp_path, clips, fps=8)
+    model = make_tiny_pipeline(case.variant, tmp_path / "model", [c.caption for c in clips])
+    config = write_config(
+        tmp_path / "config.yaml",
+        run_dir=tmp_path / "run",
+        model={"path": str(model), "variant": case.variant, "expert": case.expert, "dtype": "fp32"},
+        data={"shards": str(shards), "sizes": [[64, 64]], "num_frames": [9], "fps": 8.0, "caption_dropout": 0.5},
+        train={"num_steps": 1, "global_batch_size": 4, "micro_batch_size": 1, "seed": 3},
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(PROGRAM)]
+    assert run_ranks([*command, str(config), str(tmp_path / "got")], env=environment) == 0
+    ranks = [load_file(tmp_path / f"got.rank{r}.safetensors") for r in range(2)]
+    positions = [tuple(p) for r in ranks for p in r["positions"].tolist()]
+    assert len(set(positions)) == 4
+
+    transformer = WanTransformer3DModel.from_pretrained(model / case.folder).train()
+    for name, parameter in transformer.named_parameters():
+        assert torch.equal(ranks[0][f"weight.{name}"], parameter), f"{name} was not loaded exactly"
+    losses = [_plain_loss(case, transformer, model, shards, p) for p in positions]
+    torch.stack(losses).mean().backward()
+
+    found = torch.cat([r["losses"] for r in ranks])
+    # fp32 on both sides; gradient checkpointing and the partitioned matmuls change the order of sums only.
+    torch.testing.assert_close(found, torch.tensor([float(x.detach()) for x in losses], dtype=torch.float64), rtol=1e-5, atol=0)
+    for name, parameter in transformer.named_parameters():
+        ours, theirs = ranks[0][f"grad.{name}"], parameter.grad
+        assert theirs is not None, name
+        scale = float(theirs.abs().max()) + 1e-12
+        assert float((ours - theirs).abs().max()) / scale < 1e-4, name
+        assert torch.equal(ours, ranks[1][f"grad.{name}"]), f"{name} differs between ranks"
+
+
+def _plain_loss(case: Case, transformer, model: Path, shards: Path, place: tuple[int, int]) -> torch.Tensor:
+    """The objective of design.md section 3 for one sample, by nothing of ours but the keyed random numbers."""
+    bucket, position = place
+    frames, prompt = _sample(shards, bucket, position)
+    vae = AutoencoderKLWan.from_pretrained(model / "vae")
+    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        clean = _normalised(vae, video)
+        text = DiffusionPipeline.from_pretrained(model, transformer=None, transformer_2=None).encode_prompt(
+            [prompt], do_classifier_free_guidance=False, max_sequence_length=512
+        )[0]
+    low, high = (s / (case.shift - (case.shift - 1) * s) for s in case.sigma_range)
+    u = low + (high - low) * uniform(3, "sigma", bucket, position)
+    sigma = case.shift * u / (1 + (case.shift - 1) * u)
+    assert case.sigma_range[0] <= sigma <= case.sigma_range[1]
+    noise = torch.randn(clean.shape[1:], generator=generator(3, "noise", bucket, position))[None]
+    inputs = (1 - sigma) * clean + sigma * noise
+    if case.variant == "i2v-A14B":
+        given = torch.cat([video[:, :, :1], torch.zeros_like(video[:, :, 1:])], dim=2)
+        mask = torch.zeros(1, 4, *clean.shape[2:])
+        mask[:, :, 0] = 1
+        with torch.no_grad():
+            inputs = torch.cat([inputs, mask, _normalised(vae, given)], dim=1)
+    predicted = transformer(inputs, torch.tensor([1000 * sigma]), text, return_dict=False)[0]
+    return ((predicted - (noise - clean)) ** 2).mean()
+
+
+def _normalised(vae, video: torch.Tensor) -> torch.Tensor:
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    mean, std = (torch.tensor(v).view(shape) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return (vae.encode(video).latent_dist.mean - mean) / std
+
+
+def _sample(shards: Path, bucket: int, position: int):
+    from wan_dist.core.order import SampleOrder
+
+    dataset = ClipDataset.open(shards, sizes=[(64, 64)], num_frames=[9], fps=8.0)
+    ref = SampleOrder(dataset.counts, 4, 64, 3).at(bucket, position)
+    clip = dataset.load(bucket, ref.shard, ref.index, choice=0.0, crop_xy=(0.5, 0.5))
+    dropped = uniform(3, "caption_dropout", bucket, position) < 0.5
+    assert len(clip.captions) == 1
+    assert math.isfinite(float(clip.frames.mean()))
+    return clip.frames, "" if dropped else clip.captions[0]
