@@ -42,10 +42,19 @@ def main(config: str, out: str) -> None:
     for name, parameter in engine.module.named_parameters():
         result[f"grad.{name}"] = safe_get_full_grad(parameter).clone()
         result[f"weight.{name}"] = safe_get_full_fp32_param(parameter).clone()
+    result["rope"] = _bf16_rope(cfg, variant, ranks, build)
     save_file(result, f"{out}.rank{ranks.rank}.safetensors")
     batches.close()
     dist.barrier()
     dist.stop()
+
+
+def _bf16_rope(cfg, variant, ranks, build) -> torch.Tensor:
+    """The RoPE table of the same model built for bf16 training, where `zero.Init` damages it."""
+    bf16 = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": "bf16"})})
+    settings = build.deepspeed_settings(bf16, ranks, build.accumulation(bf16, ranks.world_size))
+    rope = build.build_engine(bf16, variant, settings, ranks).module.rope
+    return torch.stack([rope.freqs_cos, rope.freqs_sin]).contiguous()
 
 
 if __name__ == "__main__":

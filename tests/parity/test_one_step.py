@@ -71,6 +71,8 @@ def test_loss_and_gradients_equal_a_plain_loop(case: Case, tmp_path: Path):
         scale = float(theirs.abs().max()) + 1e-12
         assert float((ours - theirs).abs().max()) / scale < 1e-4, name
         assert torch.equal(ours, ranks[1][f"grad.{name}"]), f"{name} differs between ranks"
+    exact = torch.stack([transformer.rope.freqs_cos, transformer.rope.freqs_sin])
+    assert all(r["rope"].dtype == exact.dtype and torch.equal(r["rope"], exact) for r in ranks)
 
 
 def _plain_loss(case: Case, transformer, model: Path, shards: Path, place: tuple[int, int]) -> torch.Tensor:
