@@ -44,7 +44,7 @@ TINY_CONFIG = {
 # (clips, frames, height, width), about 0.4 s a step on one core. Pictures come first: they teach colour and outline
 # to the same weights for a third of the cost, and videos alone had not learned colours after 400 steps.
 PICTURE_SHAPES = ((16, 1, 48, 48), (8, 1, 64, 64), (4, 1, 96, 96))
-VIDEO_SHAPES = ((4, 5, 64, 64), (2, 9, 64, 64), (1, 9, 96, 96), (2, 5, 96, 96))
+VIDEO_SHAPES = ((2, 9, 64, 64), (2, 9, 64, 64), (4, 5, 64, 64), (1, 9, 96, 96))
 PICTURE_SHARE = 0.35
 
 STD_FLOOR = 0.25
@@ -57,7 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished VAE")
     parser.add_argument("--work", type=Path, default=Path("/tmp/tiny_vae"), help="folder of checkpoints")
-    parser.add_argument("--minutes", type=float, default=30.0, help="training time; the learning rate ends at zero")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="CPU time of training; the learning rate ends at zero"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW")
     parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the mean KL per latent value")
@@ -90,9 +92,9 @@ def train(args: argparse.Namespace) -> AutoencoderKLWan:
         optimizer.load_state_dict(state["optimizer"])
         step, used_s = state["step"], state["used_s"]
     rng = np.random.default_rng([args.seed, step])
-    started, saved, total_s = time.monotonic() - used_s, time.monotonic(), args.minutes * 60
+    started, saved, total_s = time.process_time() - used_s, time.monotonic(), args.minutes * 60
     sums = torch.zeros(3)
-    while (used_s := time.monotonic() - started) < total_s:
+    while (used_s := time.process_time() - started) < total_s:
         lr = args.lr * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * used_s / total_s))
         for group in optimizer.param_groups:
             group["lr"] = max(lr, 1e-5)
@@ -120,7 +122,18 @@ def draw_batch(rng: np.random.Generator, pictures: bool) -> Tensor:
     """Return random shapes, [B, 3, F, H, W] in [-1, 1], moving over F frames or as pictures, F = 1."""
     choices = PICTURE_SHAPES if pictures else VIDEO_SHAPES
     num_clips, *size = choices[rng.integers(len(choices))]
-    return to_video(np.stack([draw_random_clip(rng, *size) for _ in range(num_clips)]))
+    return to_video(np.stack([draw_clip(rng, *size) for _ in range(num_clips)]))
+
+
+def draw_clip(rng: np.random.Generator, num_frames: int, height: int, width: int) -> np.ndarray:
+    """Return one clip, uint8 [F, H, W, 3]: half the time of the quickstart's kind, moved about, else anything."""
+    if rng.random() < 0.5:
+        return draw_random_clip(rng, num_frames, height, width)
+    colour, shape = str(rng.choice(list(SHAPE_COLOURS))), str(rng.choice(SHAPES))
+    clips = draw_clips(num_frames, height, width, colours=(colour,), shapes=(shape,))
+    # The plain background makes a roll a shift; the shape stays inside for nearly all of it.
+    shift_px = rng.integers(-height // 8, height // 8 + 1), rng.integers(-width // 8, width // 8 + 1)
+    return np.roll(clips[rng.integers(len(clips))].frames, shift_px, axis=(1, 2))
 
 
 def to_video(clips: np.ndarray) -> Tensor:

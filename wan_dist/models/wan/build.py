@@ -1,6 +1,7 @@
 """Writes complete tiny pipelines: the real component classes with a variant's real layout and very few parameters."""
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -186,17 +187,24 @@ def build_text_encoder(num_tokens: int) -> UMT5EncoderModel:
 
 
 def build_transformer(spec: WanVariant) -> WanTransformer3DModel:
-    """Return a random transformer with the variant's channels and switches and a few hundred thousand parameters."""
+    """Return a random transformer with the variant's channels and switches, 0.4 to 1.3 M parameters.
+
+    Its width is at least the number of values in a token (192 for ti2v-5B, 64 for A14B): the velocity holds the
+    token's noise, which cannot pass a narrower stream. At width 96 the 5B loss stalled at 0.7, at 192 it fell below
+    0.35 in the same 300 steps.
+    """
+    num_heads = 4
+    token_size = spec.latent_channels * math.prod(spec.patch_size)
     transformer = WanTransformer3DModel(
         patch_size=spec.patch_size,
-        num_attention_heads=4,
-        attention_head_dim=24,
+        num_attention_heads=num_heads,
+        attention_head_dim=max(token_size // num_heads, 24),
         in_channels=spec.in_channels,
         out_channels=spec.out_channels,
         text_dim=_TEXT_WIDTH,
         freq_dim=64,
-        ffn_dim=256,
-        num_layers=3,
+        ffn_dim=384,
+        num_layers=2,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=1024,
