@@ -24,6 +24,7 @@ def launch(
     from wan_dist.config.check import check_paths
     from wan_dist.config.load import load_config
     from wan_dist.io.run_folder import mark_failed
+    from wan_dist.parallel.ds_config import accumulation_steps
     from wan_dist.parallel.environment import prepare_environment
     from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks
 
@@ -32,6 +33,7 @@ def launch(
         check_paths(cfg)
     prepare_environment()
     num_ranks = num_gpus or _visible_gpus()
+    accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, num_ranks)
     command = deepspeed_command(num_ranks, ["wan_dist", "train", str(config), *(overrides or [])], port=_free_port())
     if dry_run:
         import shlex

@@ -8,6 +8,22 @@ from wan_dist.core.errors import ConfigError
 Device = Literal["none", "cpu"]
 
 
+def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Return the forward passes per optimizer step on each rank.
+
+    Raises:
+        ConfigError: the global batch does not divide by ranks times micro-batch.
+    """
+    if global_batch_size % (micro_batch_size * world_size):
+        micro_batches = global_batch_size // micro_batch_size
+        legal = [str(n) for n in range(1, micro_batches + 1) if global_batch_size % (micro_batch_size * n) == 0]
+        raise ConfigError(
+            f"train.global_batch_size = {global_batch_size} does not divide by micro_batch_size {micro_batch_size} x "
+            f"{world_size} ranks; use {' or '.join(legal)} ranks, or a multiple of {micro_batch_size * world_size}."
+        )
+    return global_batch_size // (micro_batch_size * world_size)
+
+
 def deepspeed_config(
     *,
     micro_batch_size: int,

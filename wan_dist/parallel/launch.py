@@ -30,7 +30,9 @@ def deepspeed_command(num_ranks: int, program: Sequence[str], *, port: int) -> l
         program: module name and its arguments.
         port: free TCP port on which the ranks meet.
     """
-    cli = "from deepspeed.launcher.runner import main; main()"
+    # Ctrl-C ends this command at once, as SIGTERM does; Python would show a traceback of its waiting.
+    quiet = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    cli = f"{quiet}; from deepspeed.launcher.runner import main; main()"
     module, *args = program
     return [
         *(sys.executable, "-c", cli, "--num_gpus", str(num_ranks), "--master_port", str(port)),

@@ -30,7 +30,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
     single = folder / f"{WEIGHTS_NAME}.safetensors"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{index}: cannot be read ({error!r}); download the model again.") from None
         missing = sorted({f for f in weight_map.values() if not (folder / f).is_file()})
         if missing:
             raise ModelError(f"{index}: names {missing[0]}, which is not in the folder; download the model again.")

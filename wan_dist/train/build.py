@@ -10,7 +10,7 @@ import torch
 from wan_dist.config.check import check_paths
 from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
-from wan_dist.core.errors import CheckpointError, ConfigError
+from wan_dist.core.errors import CheckpointError
 from wan_dist.core.flow_matching import SigmaSampler
 from wan_dist.core.order import SampleOrder
 from wan_dist.data.batching import ClipBatches
@@ -28,7 +28,7 @@ from wan_dist.models.wan.transformer import (
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel import dist
 from wan_dist.parallel.dist import Ranks
-from wan_dist.parallel.ds_config import deepspeed_config
+from wan_dist.parallel.ds_config import accumulation_steps, deepspeed_config
 from wan_dist.parallel.environment import build_guard
 from wan_dist.parallel.load import build_partitioned, fill_partitions
 from wan_dist.parallel.shutdown import StopRequest
@@ -60,14 +60,14 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         WanDistError: anything that the user can mend.
     """
     check_paths(cfg)
-    accumulation_steps = accumulation(cfg, ranks.world_size)
+    num_accumulated = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
     batches, digest = build_batches(cfg, ranks)
     identity = run_identity(cfg, digest)
     checkpoint = find_resume(checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
     # What was refused until here leaves the folder of the run that it would have changed as it was.
-    ds_config = deepspeed_settings(cfg, ranks, accumulation_steps)
+    ds_config = deepspeed_settings(cfg, ranks, num_accumulated)
     if ranks.is_main:
         describe_run(run_dir, config_yaml=dump_config(cfg), ds_config=ds_config, world_size=ranks.world_size)
         write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
@@ -143,26 +143,15 @@ def _finish(run_dir: Path, ranks: Ranks, stop: StopRequest, state: TrainState, n
 
 
 def accumulation(cfg: TrainConfig, world_size: int) -> int:
-    """Return the forward passes per optimizer step on each rank.
-
-    Raises:
-        ConfigError: the global batch does not divide by ranks times micro-batch.
-    """
-    batch, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
-    if batch % (micro * world_size):
-        legal = [n for n in range(1, batch // micro + 1) if batch % (micro * n) == 0]
-        raise ConfigError(
-            f"train.global_batch_size = {batch} does not divide by micro_batch_size {micro} x {world_size} ranks; "
-            f"use {' or '.join(map(str, legal))} ranks, or a multiple of {micro * world_size}."
-        )
-    return batch // (micro * world_size)
+    """Return the forward passes per optimizer step on each rank; raises ConfigError if the batch does not divide."""
+    return accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, world_size)
 
 
-def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, accumulation_steps: int) -> dict[str, Any]:
+def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, num_accumulated: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run."""
     return deepspeed_config(
         micro_batch_size=cfg.train.micro_batch_size,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=num_accumulated,
         world_size=ranks.world_size,
         dtype=cfg.model.dtype,
         max_grad_norm=cfg.optim.max_grad_norm,

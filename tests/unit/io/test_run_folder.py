@@ -1,0 +1,69 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wan_dist.core.errors import CheckpointError
+from wan_dist.io.run_folder import describe_run, mark_failed, read_status, write_status
+
+
+def gone_pid() -> int:
+    """Return the id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_run_is_described_by_three_files(tmp_path: Path) -> None:
+    describe_run(tmp_path / "run", config_yaml="version: 1\n", ds_config={"a": 1}, world_size=2)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "version: 1\n"
+    assert json.loads((tmp_path / "run" / "ds_config.json").read_text()) == {"a": 1}
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["versions"]["torch"]
+
+
+def test_no_secret_of_the_environment_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "do-not-write-me")
+    describe_run(tmp_path, config_yaml="", ds_config={}, world_size=1)
+    assert not any("do-not-write-me" in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_status_is_replaced(tmp_path: Path) -> None:
+    write_status(tmp_path, "training", step=3)
+    write_status(tmp_path, "stopped", step=4)
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["pid"]) == ("stopped", 4, os.getpid())
+
+
+def test_a_folder_without_status_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a run folder"):
+        read_status(tmp_path)
+    (tmp_path / "status.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_status(tmp_path)
+
+
+def test_a_run_whose_process_is_gone_is_marked_failed(tmp_path: Path) -> None:
+    write_status(tmp_path, "training", step=3)
+    status = read_status(tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({**status, "pid": gone_pid()}))
+    mark_failed(tmp_path, "a rank was killed")
+    marked = read_status(tmp_path)
+    assert (marked["state"], marked["step"], marked["error"]) == ("failed", 3, "a rank was killed")
+
+
+def test_what_ended_or_runs_elsewhere_is_not_marked(tmp_path: Path) -> None:
+    mark_failed(tmp_path, "no run here")
+    assert not (tmp_path / "status.json").exists()
+    write_status(tmp_path, "finished", step=3)
+    mark_failed(tmp_path, "too late")
+    assert read_status(tmp_path)["state"] == "finished"
+    write_status(tmp_path, "training", step=3)
+    status = read_status(tmp_path)
+    (tmp_path / "status.json").write_text(json.dumps({**status, "pid": os.getppid()}))
+    mark_failed(tmp_path, "of another job")
+    assert read_status(tmp_path)["state"] == "training"

@@ -1,0 +1,107 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from wan_dist.core.errors import CheckpointError
+from wan_dist.io import safetensors_stream
+from wan_dist.io.safetensors_stream import write_sharded
+from wan_dist.io.zero_shards import ShardedTensor
+
+SHAPES = {"a": (3, 5), "b": (7,), "c": (), "d": (2, 3, 4), "e": (1, 11)}
+
+
+def pieces_of(tensor: torch.Tensor, world_size: int) -> ShardedTensor:
+    """Return a tensor cut as ZeRO-3 cuts it."""
+    flat = tensor.flatten()
+    part = math.ceil(flat.numel() / world_size)
+    return ShardedTensor(
+        tuple(tensor.shape), tensor.dtype, tuple(flat[i * part : (i + 1) * part] for i in range(world_size))
+    )
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def write(
+    folder: Path, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, max_bytes: int = 1 << 30, world_size: int = 3
+) -> tuple[list[Path], int]:
+    counted: list[int] = []
+    files = write_sharded(
+        folder,
+        "model",
+        {name: pieces_of(tensor, world_size) for name, tensor in tensors.items()},
+        dtype=dtype,
+        max_shard_bytes=max_bytes,
+        metadata={"format": "pt", "note": "ü"},
+        on_bytes=counted.append,
+    )
+    return files, sum(counted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 4, 4 << 20])
+def test_one_file_loads_equal(
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_stream, "_CHUNK_ELEMENTS", chunk)
+    files, num_bytes = write(tmp_path, tensors, dtype=dtype)
+    assert files == [tmp_path / "model.safetensors"]
+    assert list(tmp_path.iterdir()) == files
+    loaded = load_file(files[0])
+    assert set(loaded) == set(tensors)
+    assert all(torch.equal(loaded[name], tensor.to(dtype)) for name, tensor in tensors.items())
+    assert num_bytes == 2 * sum(t.numel() for t in tensors.values()) * dtype.itemsize
+    with safe_open(files[0], framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt", "note": "ü"}
+
+
+def test_several_files_have_an_index_that_names_each_tensors_file(
+    tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    files, _ = write(tmp_path, tensors, dtype=torch.float32, max_bytes=100)
+    assert [file.name for file in files] == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(t.numel() for t in tensors.values())
+    assert set(index["weight_map"]) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
+
+
+def test_a_tensor_larger_than_a_file_gets_one_of_its_own(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    files, _ = write(tmp_path, tensors, dtype=torch.float32, max_bytes=1)
+    assert [len(load_file(file)) for file in files] == [1] * len(tensors)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused_and_named(
+    tensors: dict[str, torch.Tensor], value: float, tmp_path: Path
+) -> None:
+    tensors["d"][1, 2, 3] = value
+    with pytest.raises(CheckpointError, match="d: holds values that are not finite"):
+        write(tmp_path, tensors, dtype=torch.float32)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_number_beyond_fp16_is_refused(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    tensors["a"][0, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"not finite in torch\.float16"):
+        write(tmp_path, tensors, dtype=torch.float16)
+    write(tmp_path, tensors, dtype=torch.bfloat16)
+
+
+def test_a_file_that_changed_after_writing_is_noticed(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    files, _ = write(tmp_path, tensors, dtype=torch.float32)
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    parts = {name: pieces_of(tensor, 3) for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError, match="e reads back differently"):
+        safetensors_stream._compare_file(files[0], parts, torch.float32, lambda _: None)
