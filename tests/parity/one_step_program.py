@@ -40,8 +40,10 @@ def main(config: str, out: str) -> None:
         positions += [(batch.bucket, p) for p in batch.positions]
     result = {"losses": torch.tensor(losses, dtype=torch.float64), "positions": torch.tensor(positions)}
     for name, parameter in engine.module.named_parameters():
-        result[f"grad.{name}"] = safe_get_full_grad(parameter).clone()
-        result[f"weight.{name}"] = safe_get_full_fp32_param(parameter).clone()
+        gradient, weight = safe_get_full_grad(parameter), safe_get_full_fp32_param(parameter)
+        assert gradient is not None, name
+        assert weight is not None, name
+        result[f"grad.{name}"], result[f"weight.{name}"] = gradient.clone(), weight.clone()
     result["rope"] = _bf16_rope(cfg, variant, ranks, build)
     save_file(result, f"{out}.rank{ranks.rank}.safetensors")
     batches.close()

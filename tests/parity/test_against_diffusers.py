@@ -1,5 +1,7 @@
 """Our inputs and forwards against diffusers' own pipelines, on the tiny pipelines of each variant."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def frames():
 
 
 def test_text_to_video_forward_equals_the_pipelines_per_token_timesteps(tiny_5b):
-    pipeline = WanPipeline.from_pretrained(tiny_5b)
+    pipeline: Any = WanPipeline.from_pretrained(tiny_5b)
     assert pipeline.config.expand_timesteps
     transformer = pipeline.transformer.eval()
     generator = torch.Generator().manual_seed(0)
@@ -39,9 +41,7 @@ def test_text_to_video_forward_equals_the_pipelines_per_token_timesteps(tiny_5b)
         ours = predict_velocity(transformer, noisy, timestep, text, None)
         tokens = 3 * 2 * 3
         per_token = timestep[:, None].expand(2, tokens)
-        theirs = transformer(
-            hidden_states=noisy, timestep=per_token, encoder_hidden_states=text, return_dict=False
-        )[0]
+        theirs = transformer(hidden_states=noisy, timestep=per_token, encoder_hidden_states=text, return_dict=False)[0]
     # fp32; the same operations on tensors that are broadcast in one and expanded in the other.
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,15 +64,17 @@ def test_loss_and_gradients_equal_a_plain_loop(case: Case, tmp_path: Path):
     torch.stack(losses).mean().backward()
 
     found = torch.cat([r["losses"] for r in ranks])
+    expected = torch.tensor([float(x.detach()) for x in losses], dtype=torch.float64)
     # fp32 on both sides; gradient checkpointing and the partitioned matmuls change the order of sums only.
-    torch.testing.assert_close(found, torch.tensor([float(x.detach()) for x in losses], dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     for name, parameter in transformer.named_parameters():
         ours, theirs = ranks[0][f"grad.{name}"], parameter.grad
         assert theirs is not None, name
         scale = float(theirs.abs().max()) + 1e-12
         assert float((ours - theirs).abs().max()) / scale < 1e-4, name
         assert torch.equal(ours, ranks[1][f"grad.{name}"]), f"{name} differs between ranks"
-    exact = torch.stack([transformer.rope.freqs_cos, transformer.rope.freqs_sin])
+    rope: Any = transformer.rope
+    exact = torch.stack([rope.freqs_cos, rope.freqs_sin])
     assert all(r["rope"].dtype == exact.dtype and torch.equal(r["rope"], exact) for r in ranks)
 
 

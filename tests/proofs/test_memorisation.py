@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def lesson(tmp_path_factory):
     """Two clips whose latents have nothing in common, their shards, a tiny pipeline and the latents by caption."""
     folder = tmp_path_factory.mktemp("memorisation")
     model = make_tiny_pipeline("ti2v-5B", folder / "model", CAPTIONS)
-    vae = WanPipeline.from_pretrained(model).vae
+    vae: Any = WanPipeline.from_pretrained(model).vae
     drawn = [draw_random_clip(np.random.default_rng(seed), 17, 64, 64) for seed in range(12)]
     encoded = [_latents(vae, frames) for frames in drawn]
     pairs = [(abs(_cosine(encoded[i], encoded[j])), i, j) for i in range(12) for j in range(i)]
@@ -83,7 +84,7 @@ def _memorise(lesson, folder: Path, breakage: str) -> dict[tuple[str, str], floa
     assert run_ranks(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) == 0
     export = folder / "export"
     subprocess.run([sys.executable, "-m", "wan_dist", "consolidate", str(folder / "run"), str(export)], check=True)
-    pipeline = WanPipeline.from_pretrained(export)
+    pipeline: Any = WanPipeline.from_pretrained(export)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.scheduler.config.flow_shift == 5.0
     similarity = {}

@@ -11,7 +11,7 @@ EPILOG = "Example: wan-dist consolidate runs/quickstart export/quickstart --form
 def consolidate(
     source: Annotated[Path, typer.Argument(help="Run folder (its newest whole checkpoint) or checkpoint folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    format: Annotated[Literal["diffusers"], typer.Option(help="Layout of the result.")] = "diffusers",
+    layout: Annotated[Literal["diffusers"], typer.Option("--format", help="Layout of the result.")] = "diffusers",
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the written weights.")] = "bf16",
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Size at which a new weight file begins, GB.")] = 5.0,
 ) -> None:
@@ -26,7 +26,7 @@ def consolidate(
     checkpoint = find_checkpoint(source)
     with progress_bar(Console(stderr=True)) as bar:
         told = ByteProgress(bar, f"consolidate step {checkpoint.step}")
-        written = FORMATS[format](
+        written = FORMATS[layout](
             checkpoint,
             out,
             dtype=DTYPES[dtype],

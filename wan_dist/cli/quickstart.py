@@ -1,6 +1,5 @@
 """`wan-dist quickstart`: clips in, trained video out, by the same commands that real training uses."""
 
-import json
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from wan_dist.data.shapes import ShapeClip
 
 EPILOG = "Example: wan-dist quickstart --out quickstart"
@@ -75,7 +77,6 @@ def sample(config: Path, out: Path, clips: "Sequence[ShapeClip]") -> dict[str, o
     from wan_dist.config.load import load_config
     from wan_dist.io.hashing import write_json_atomic
     from wan_dist.parallel.environment import prepare_environment
-    from wan_dist.sample.measure import dominant_colour, motion_direction
     from wan_dist.sample.pipeline import SampleOptions, draw_videos, load_text_to_video
     from wan_dist.sample.video import write_contact_sheet, write_mp4
 
@@ -91,33 +92,36 @@ def sample(config: Path, out: Path, clips: "Sequence[ShapeClip]") -> dict[str, o
         videos = draw_videos(
             pipeline, [c.caption for c in clips], options, lambda step: bar.update(task, completed=step)
         )
-    rows = []
-    for clip, video in zip(clips, videos, strict=True):
-        path = write_mp4(out / "samples" / f"{clip.name}.mp4", video, data.fps)
-        rows.append(
-            {
-                "video": str(path),
-                "prompt": clip.caption,
-                "colour": dominant_colour(video),
-                "colour_matches": dominant_colour(video) == clip.colour,
-                "direction": motion_direction(video),
-                "direction_matches": motion_direction(video) == clip.direction,
-            }
-        )
-        marks = ["no", "yes"]
-        typer.echo(
-            f"  {clip.caption:<40} colour {marks[dominant_colour(video) == clip.colour]:<3} "
-            f"direction {marks[motion_direction(video) == clip.direction]}"
-        )
+    rows = [_judge(clip, video) for clip, video in zip(clips, videos, strict=True)]
+    for clip, video, row in zip(clips, videos, rows, strict=True):
+        row["video"] = str(write_mp4(out / "samples" / f"{clip.name}.mp4", video, data.fps))
     write_contact_sheet(out / "samples.png", videos, [clip.caption for clip in clips])
     report: dict[str, object] = {
         "num_prompts": len(rows),
-        "num_colour_matches": sum(bool(r["colour_matches"]) for r in rows),
-        "num_direction_matches": sum(bool(r["direction_matches"]) for r in rows),
+        "num_colour_matches": sum(bool(row["colour_matches"]) for row in rows),
+        "num_direction_matches": sum(bool(row["direction_matches"]) for row in rows),
         "videos": rows,
     }
     write_json_atomic(out / "report.json", report)
     return report
+
+
+def _judge(clip: "ShapeClip", video: "NDArray[np.uint8]") -> dict[str, object]:
+    """Return, and print, whether a sampled video has the colour and direction that its caption names."""
+    from wan_dist.sample.measure import dominant_colour, motion_direction
+
+    colour, direction = dominant_colour(video), motion_direction(video)
+    words = {True: "yes", False: "no"}
+    typer.echo(
+        f"  {clip.caption:<40} colour {words[colour == clip.colour]:<3} direction {words[direction == clip.direction]}"
+    )
+    return {
+        "prompt": clip.caption,
+        "colour": colour,
+        "colour_matches": colour == clip.colour,
+        "direction": direction,
+        "direction_matches": direction == clip.direction,
+    }
 
 
 def _say(number: int, text: str) -> None:
@@ -138,21 +142,20 @@ def _run(module: str, *arguments: object) -> None:
 
 def _summary(out: Path, report: dict[str, object], seconds: float) -> str:
     total = report["num_prompts"]
+    again = ["wan-dist", "generate", str(out / "export"), "--prompt", "a blue circle moves up"]
+    again += ["--out", str(out / "blue.mp4"), *_size_flags(out)]
+    verdict = (
+        f"Dominant colour matches the caption in {report['num_colour_matches']} of {total} sampled videos, "
+        f"direction in {report['num_direction_matches']} of {total}. Took {seconds / 60:.1f} minutes."
+    )
     lines = [
         "",
-        f"Dominant colour matches the caption in {report['num_colour_matches']} of {total} sampled videos, "
-        f"direction in {report['num_direction_matches']} of {total}. Took {seconds / 60:.1f} minutes.",
+        verdict,
         "",
         *(f"  {label:<12} {path}" for label, path in _places(out)),
         "",
         f"Loss curve:  tensorboard --logdir {out / 'run'}",
-        "Another one: "
-        + shlex.join(
-            [
-                *("wan-dist", "generate", str(out / "export"), "--prompt", "a blue circle moves up"),
-                *("--out", str(out / "blue.mp4"), *_size_flags(out)),
-            ]
-        ),
+        f"Another one: {shlex.join(again)}",
     ]
     return "\n".join(lines)
 

@@ -57,7 +57,8 @@ def write_contact_sheet(
     """
     _, height, width, _ = videos[0].shape
     row_height = height + _CAPTION_PX + _MARGIN_PX
-    sheet = Image.new("RGB", (columns * (width + _MARGIN_PX) + _MARGIN_PX, len(videos) * row_height + _MARGIN_PX), "white")
+    sheet_size = (columns * (width + _MARGIN_PX) + _MARGIN_PX, len(videos) * row_height + _MARGIN_PX)
+    sheet = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(sheet)
     for row, (video, caption) in enumerate(zip(videos, captions, strict=True)):
         top = _MARGIN_PX + row * row_height

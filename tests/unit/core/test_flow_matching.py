@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_the_velocity_leads_from_latents_to_noise():
 def test_sigmas_and_timesteps_are_those_of_diffusers_scheduler():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=5.0)
     u = torch.linspace(1, 0, 1001, dtype=torch.float64)[:-1]
     ours = shift_sigma(u, 5.0).float()
     # The scheduler builds its table in fp32: equal to a few units in the last place.
@@ -100,7 +101,9 @@ def test_extreme_quantiles_stay_finite_and_in_range():
         assert ((drawn >= 0) & (drawn <= 1)).all()
 
 
-@pytest.mark.parametrize("values", [{"shift": 0.0}, {"shift": -1.0}, {"shift": 5.0, "sigma_min": 0.9, "sigma_max": 0.8}])
+@pytest.mark.parametrize(
+    "values", [{"shift": 0.0}, {"shift": -1.0}, {"shift": 5.0, "sigma_min": 0.9, "sigma_max": 0.8}]
+)
 def test_impossible_values_are_refused(values):
     with pytest.raises(ValueError, match=r"shift|sigma range"):
         SigmaSampler(**values)
