@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def done(material: Material) -> Job:
     return launch(config, material.run_dir("done"), num_ranks=1)
 
 
-def run_all(commands: dict[str, Command]) -> dict[str, Finished]:
+def run_all(commands: Mapping[str, Command]) -> dict[str, Finished]:
     """Run commands, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(commands, pool.map(lambda words: run_cli(*words), commands.values()), strict=True))

@@ -32,7 +32,9 @@ def deepspeed_export(job: Job) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     newest = step_folders(job.run_dir / "checkpoints")[0]
-    return get_fp32_state_dict_from_zero_checkpoint(str(newest.parent), tag=newest.name)
+    state = get_fp32_state_dict_from_zero_checkpoint(str(newest.parent), tag=newest.name)
+    assert state is not None
+    return dict(state)
 
 
 @pytest.fixture(scope="module")
