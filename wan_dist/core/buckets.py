@@ -65,3 +65,51 @@ def assign_bucket(
     else:
         return "too_small"
     return size * len(num_frames) + num_frames.index(max(filled))
+
+
+def merge_small_buckets(
+    buckets: Sequence[Bucket], counts: Sequence[int], block_size: int, allow_upscale: bool
+) -> list[int]:
+    """Return where each bucket's clips go, B numbers, so that no bucket is left with fewer clips than a block.
+
+    The smallest bucket is emptied first, into the bucket that its clips fill with the least loss: of no more frames,
+    and no larger unless `allow_upscale`; then the nearest aspect ratio, the most frames, the largest area. A bucket
+    with no such neighbour keeps its clips.
+
+    Args:
+        buckets: every training shape, B of them.
+        counts: clips of each, B of them.
+        block_size: clips of one optimizer step.
+        allow_upscale: enlarging is permitted.
+    """
+    left, target = list(counts), list(range(len(buckets)))
+    stuck: set[int] = set()
+    while True:
+        small = [b for b, n in enumerate(left) if 0 < n < block_size and b not in stuck]
+        if not small:
+            return target
+        bucket = min(small, key=lambda b: (left[b], b))
+        into = _nearest_bucket(buckets, bucket, [b for b, n in enumerate(left) if n and b != bucket], allow_upscale)
+        if into is None:
+            stuck.add(bucket)
+            continue
+        left[into] += left[bucket]
+        left[bucket] = 0
+        target = [into if b == bucket else b for b in target]
+
+
+def _nearest_bucket(buckets: Sequence[Bucket], bucket: int, others: Sequence[int], allow_upscale: bool) -> int | None:
+    shape = buckets[bucket]
+
+    def loss(number: int) -> tuple[float, int, int, int]:
+        other = buckets[number]
+        distance = round(abs(math.log(other.width / other.height) - math.log(shape.width / shape.height)), 9)
+        return distance, -other.num_frames, -other.width * other.height, number
+
+    fitting = [
+        b
+        for b in others
+        if buckets[b].num_frames <= shape.num_frames
+        and (allow_upscale or (buckets[b].width <= shape.width and buckets[b].height <= shape.height))
+    ]
+    return min(fitting, key=loss, default=None)

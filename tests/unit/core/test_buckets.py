@@ -2,7 +2,7 @@
 
 import pytest
 
-from wan_dist.core.buckets import REASONS, assign_bucket, make_buckets
+from wan_dist.core.buckets import REASONS, assign_bucket, make_buckets, merge_small_buckets
 
 SIZES = [(832, 480), (480, 832), (640, 640)]
 FRAMES = [1, 49, 81]
@@ -52,3 +52,19 @@ def test_largest_of_equal_aspects_that_fits() -> None:
 
 def test_every_reason_has_advice() -> None:
     assert {"too_short", "too_small"} == set(REASONS)
+
+
+def merged(counts: list[int], block_size: int = 8, *, upscale: bool = False) -> list[int]:
+    return merge_small_buckets(make_buckets(SIZES, FRAMES), counts, block_size, upscale)
+
+
+def test_small_buckets_merge_into_the_nearest_shape_their_clips_fill() -> None:
+    # Buckets: 832x480, 480x832, 640x640, each with 1, 49 and 81 frames.
+    assert merged([9, 9, 9, 9, 9, 9, 9, 9, 9]) == list(range(9))
+    # Fewer frames of the same size; nothing smaller than the 1-frame bucket, which keeps its clips.
+    assert merged([3, 20, 5, 0, 0, 0, 0, 0, 0]) == [0, 1, 1, 3, 4, 5, 6, 7, 8]
+    # Two small ones together fill a block, and then stay.
+    assert merged([0, 5, 5, 0, 0, 0, 0, 0, 0])[1:3] == [1, 1]
+    # Another aspect ratio would need enlarging.
+    assert merged([0, 20, 0, 0, 5, 0, 0, 0, 0])[4] == 4
+    assert merged([0, 20, 0, 0, 5, 0, 0, 0, 0], upscale=True)[4] == 1

@@ -1,11 +1,14 @@
 """The sample order: exactly once, the same for any number of ranks, resumable anywhere."""
 
 import itertools
+from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from wan_dist.core.errors import DataError
+from wan_dist.core.mixing import Interleave
 from wan_dist.core.order import Block, SampleOrder, SampleRef
 
 
@@ -108,3 +111,101 @@ def test_order_is_the_same_on_every_machine_and_version() -> None:
     order = SampleOrder(np.array([[3, 1], [2, 4], [0, 5]]), 2, 2, 7)
     assert [(r.shard, r.index) for r in (order.at(0, i) for i in range(5))] == [(0, 1), (0, 0), (0, 2), (1, 1), (1, 0)]
     assert [b.bucket for b in itertools.islice(order.blocks(), 7)] == [1, 1, 1, 1, 0, 1, 0]
+
+
+def epoch_blocks(order: SampleOrder, epoch: int) -> list[Block]:
+    return list(itertools.takewhile(lambda b: b.epoch == epoch, order.blocks(epoch)))
+
+
+def test_pad_makes_every_epoch_exact() -> None:
+    counts = np.array([[5, 2, 0], [4, 0, 0]])
+    order = SampleOrder(counts, 4, 2, 0, tail="pad")
+    for epoch in range(3):
+        blocks = epoch_blocks(order, epoch)
+        assert [sorted(b.num_padding for b in blocks if b.bucket == k) for k in (0, 1)] == [[0, 0, 3], [2]]
+        for bucket, total in ((0, 9), (1, 2)):
+            real = [
+                order.at(bucket, b.first + i)
+                for b in blocks
+                if b.bucket == bucket
+                for i in range(order.block_size - b.num_padding)
+            ]
+            assert len({(r.shard, r.index) for r in real}) == len(real) == total
+            assert {r.epoch for r in real} == {epoch}
+
+
+def test_drop_leaves_out_another_tail_each_epoch() -> None:
+    order = SampleOrder(np.array([[3], [3]]), 4, 2, 0, tail="drop")
+    left_out = []
+    for epoch in range(8):
+        (block,) = epoch_blocks(order, epoch)
+        taken = {(r.shard, r.index) for r in samples(order, block)}
+        assert len(taken) == 4
+        left_out.append(frozenset({(s, i) for s in range(2) for i in range(3)} - taken))
+    assert len(set(left_out)) > 1
+    with pytest.raises(DataError, match=r"drop leaves nothing: .* 6 samples per epoch, a block 8"):
+        SampleOrder(np.array([[3], [3]]), 8, 2, 0, tail="drop")
+
+
+@pytest.mark.parametrize("tail", ["pad", "drop"])
+def test_resume_matches_with_every_tail(tail: str) -> None:
+    counts = np.random.default_rng(0).integers(0, 9, (7, 3))
+    order = SampleOrder(counts, 8, 3, 5, tail=tail)  # type: ignore[arg-type]
+    straight = list(itertools.islice(order.blocks(), 40))
+    for cut in range(38):
+        assert (
+            list(itertools.islice(order.blocks(straight[cut].epoch, straight[cut].block), 2)) == straight[cut : cut + 2]
+        )
+
+
+def mixed(rates: list[Fraction], block_size: int = 8, **options: object) -> SampleOrder:
+    counts = np.array([[30, 4], [10, 0], [12, 3], [8, 0], [5, 5]])
+    return SampleOrder(counts, block_size, 2, 1, shards_per_dataset=[2, 2, 1], rates=rates, **options)  # type: ignore[arg-type]
+
+
+def dataset_of(ref: SampleRef) -> int:
+    return [0, 0, 1, 1, 2][ref.shard]
+
+
+def test_data_sets_are_mixed_in_proportion_to_their_rates() -> None:
+    rates = [Fraction(1), Fraction(3, 2), Fraction(4)]
+    order = mixed(rates)
+    assert order.samples_per_epoch() == [40 + 30 + 20, 4 + 4.5 + 20]
+    refs = [order.at(0, i) for i in range(900)]
+    # Ten epochs of the bucket: each sample of data set d exactly 10 * rate times.
+    for (shard, _), times in Counter((r.shard, r.index) for r in refs).items():
+        assert times == 10 * rates[[0, 0, 1, 1, 2][shard]]
+    # Every block holds each data set's share, give or take two.
+    for start in range(0, 900, 9):
+        found = Counter(dataset_of(r) for r in refs[start : start + 9])
+        assert all(abs(found[d] - share) <= 2 for d, share in enumerate((4, 3, 2)))
+
+
+def test_mixing_keeps_the_first_data_sets_own_order() -> None:
+    order, alone = mixed([Fraction(1), Fraction(1), Fraction(1)]), SampleOrder(np.array([[30, 4], [10, 0]]), 8, 2, 1)
+    own = [ref for i in range(200) if dataset_of(ref := order.at(0, i)) == 0]
+    assert own == [alone.at(0, i) for i in range(len(own))]
+
+
+@pytest.mark.parametrize("tail", ["carry", "pad", "drop"])
+def test_mixtures_cover_their_streams_and_resume(tail: str) -> None:
+    order = mixed([Fraction(1, 3), Fraction(1), Fraction(7, 5)], tail=tail)
+    straight = list(itertools.islice(order.blocks(), 60))
+    if tail == "carry":
+        for bucket in (0, 1):
+            firsts = [b.first for b in straight if b.bucket == bucket]
+            assert firsts == [8 * i for i in range(len(firsts))]
+    for cut in range(0, 57, 7):
+        assert (
+            list(itertools.islice(order.blocks(straight[cut].epoch, straight[cut].block), 3)) == straight[cut : cut + 3]
+        )
+
+
+def test_every_place_of_a_mixture_is_taken_once() -> None:
+    for rates in ([1, 1], [3, 5, 0, 7], [1, 100], [1], [6, 4, 10**9]):
+        mix = Interleave(rates)
+        found = [mix.at(i) for i in range(300)]
+        for stream in range(len(rates)):
+            items = [k for s, k in found if s == stream]
+            assert items == list(range(len(items)))
+            assert abs(len(items) - 300 * rates[stream] / sum(rates)) <= len(rates)
