@@ -126,7 +126,7 @@ def open_shards(folder: Path) -> ShardSet:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
         raise DataError(f"{path}: {where}: {first['msg']}; copy it again or pack again.") from error
-    wrong = [w for s in manifest.shards for w in _wrong_files(folder, s)]
+    wrong = [w for s in manifest.shards for w in wrong_files(folder, s)]
     if not wrong and (shards_digest(manifest.shards) != manifest.digest):
         wrong = [f"{MANIFEST_NAME} was edited (its digest does not match its shards)"]
     if wrong:
@@ -135,8 +135,8 @@ def open_shards(folder: Path) -> ShardSet:
     return ShardSet(folder, manifest)
 
 
-def _wrong_files(folder: Path, entry: ShardEntry) -> list[str]:
-    """Return what is wrong with the two files of a shard."""
+def wrong_files(folder: Path, entry: ShardEntry) -> list[str]:
+    """Return what is wrong with the two files of a shard, by their sizes."""
     wrong: list[str] = []
     for name, size in ((entry.name, entry.num_bytes), (entry.index_name, entry.index_bytes)):
         try:

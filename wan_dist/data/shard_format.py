@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
-MAX_KEY_LENGTH: Final = 90
-"""USTAR names have 100 bytes; the rest is for the extension."""
+MAX_KEY_LENGTH: Final = 88
+"""USTAR names have 100 bytes; the rest is for the longest extension, `.safetensors` of cached latents and text."""
 
 _HASH_LENGTH: Final = 8
 _TMP_MARK: Final = ".tmp."
@@ -96,7 +96,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sample_keys(paths: Iterable[str]) -> dict[str, str]:
-    """Return a unique key of `[A-Za-z0-9_-]{1,90}` for every path.
+    """Return a unique key of `[A-Za-z0-9_-]{1,88}` for every path.
 
     The extension is left out. Readers end a key at its first dot, so dots and all else turn into `_`; a path whose
     key is then cut, or shared with another path, gets the start of its hash appended, whatever the others are called.
