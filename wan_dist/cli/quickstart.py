@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EPILOG = "Example: wan-dist quickstart --out quickstart"
 
 _NUM_PROMPTS = 8
-_INFERENCE_STEPS = 20
+_INFERENCE_STEPS = 30
 
 
 def quickstart(
