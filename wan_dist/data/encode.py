@@ -1,6 +1,6 @@
 """Clips and captions into what the transformer sees: normalised latents and text embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wan_dist.core.errors import ModelError
-from wan_dist.models.wan.condition import condition_video, first_frame_mask
+from wan_dist.models.wan.condition import FRAMES_PER_LATENT, condition_video, first_frame_mask
 
 MAX_TEXT_TOKENS = 512
 
@@ -21,8 +21,9 @@ class Encoders:
     """The frozen VAE and text encoder of a pipeline.
 
     Attributes:
-        vae: diffusers `AutoencoderKLWan`, fp32.
-        text_pipeline: a diffusers `WanPipeline` without transformer, which owns cleaning, tokenising and padding.
+        vae: diffusers `AutoencoderKLWan`, fp32; None where latents are cached.
+        text_pipeline: a diffusers `WanPipeline` without transformer, which owns cleaning, tokenising and padding;
+            None where text is cached.
         latents_mean: [1, C, 1, 1, 1] fp32, subtracted from the posterior mean.
         latents_std: [1, C, 1, 1, 1] fp32, which it is then divided by.
         device: where encoding happens.
@@ -42,7 +43,7 @@ class Encoders:
             frames: [B, F, H, W, 3] RGB in 0..255.
         Source: `wan/modules/vae2_2.py` of the official repository, `Wan2_2_VAE.encode` (mean, then (x - mean) / std).
         """
-        return self._encode(self._video(frames))
+        return self.normalise(self._mean(self._video(frames)))
 
     @torch.no_grad()
     def encode_condition(self, frames: NDArray[np.uint8]) -> Tensor:
@@ -51,16 +52,41 @@ class Encoders:
         Args:
             frames: [B, F, H, W, 3] RGB in 0..255.
         """
-        latents = self._encode(condition_video(self._video(frames)))
-        mask = first_frame_mask(frames.shape[1], *latents.shape[-2:]).to(latents)
-        return torch.cat([mask.expand(len(latents), -1, -1, -1, -1), latents], dim=1)
+        return self.with_mask(self._mean(condition_video(self._video(frames))))
+
+    @torch.no_grad()
+    def encode_parts(self, frames: NDArray[np.uint8], parts: Sequence[str]) -> dict[str, Tensor]:
+        """Return what a cache of latents holds: posterior means, not normalised, fp32 on the device.
+
+        Args:
+            frames: [B, F, H, W, 3] RGB in 0..255.
+            parts: of `latents` [B, C, f, h, w], `condition` of the same shape (the first frame, then zeros) and
+                `first_frame` [B, C, 1, h, w] (the first frame alone).
+        """
+        video = self._video(frames)
+        views = {
+            "latents": lambda: video,
+            "condition": lambda: condition_video(video),
+            "first_frame": lambda: video[:, :, :1],
+        }
+        return {part: self._mean(views[part]()).float() for part in parts}
+
+    def with_mask(self, latents: Tensor) -> Tensor:
+        """Return the mask of a given first frame, then normalised latents, [B, 4 + C, f, h, w] fp32.
+
+        Args:
+            latents: [B, C, f, h, w], posterior mean of the first frame and zeros, not normalised.
+        """
+        num_frames = (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1
+        mask = first_frame_mask(num_frames, *latents.shape[-2:]).to(latents.device)
+        return torch.cat([mask.expand(len(latents), -1, -1, -1, -1), self.normalise(latents)], dim=1)
 
     def _video(self, frames: NDArray[np.uint8]) -> Tensor:
         """Return [B, 3, F, H, W] in [-1, 1] on the device."""
         return torch.from_numpy(frames).to(self.device).permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
 
-    def _encode(self, video: Tensor) -> Tensor:
-        return self.normalise(self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode())
+    def _mean(self, video: Tensor) -> Tensor:
+        return self.vae.encode(video.to(self.vae.dtype)).latent_dist.mode()
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return VAE latents moved to zero mean and unit variance per channel, same shape, fp32."""
@@ -81,34 +107,57 @@ class Encoders:
         return embeds
 
 
-def load_encoders(pipeline_dir: Path, device: torch.device, text_dtype: torch.dtype) -> Encoders:
+def load_encoders(
+    pipeline_dir: Path,
+    device: torch.device,
+    text_dtype: torch.dtype,
+    *,
+    vae_config: Mapping[str, Any] | None = None,
+    with_text: bool = True,
+) -> Encoders:
     """Return the VAE (fp32) and text encoder of a diffusers pipeline folder, frozen, on `device`.
 
+    Args:
+        pipeline_dir: diffusers folder; parts that are not loaded may be missing.
+        device: where encoding happens.
+        text_dtype: dtype in which the text encoder computes.
+        vae_config: configuration of the VAE that made cached latents; the VAE itself is then not loaded.
+        with_text: load the text encoder.
     Raises:
         ModelError: a part is missing or cannot be loaded.
     """
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+    from diffusers import AutoencoderKLWan
+
+    vae = None
+    if vae_config is None:
+        vae = _part(pipeline_dir, "vae", AutoencoderKLWan.from_pretrained, dtype=torch.float32).to(device).eval()
+        vae.requires_grad_(False)
+    config: Mapping[str, Any] = vae.config if vae_config is None else vae_config
+
+    def statistics(name: str) -> Tensor:
+        return torch.tensor(config[name], dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
+
+    pipeline = _text_pipeline(pipeline_dir, device, text_dtype) if with_text else None
+    return Encoders(vae, pipeline, statistics("latents_mean"), statistics("latents_std"), device)
+
+
+def _text_pipeline(pipeline_dir: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    def part(name: str, load: Any, **options: Any) -> Any:
-        folder = pipeline_dir / name
-        if not folder.is_dir():
-            raise ModelError(f"{folder}: missing; {pipeline_dir} is not a WAN pipeline in diffusers layout.")
-        try:
-            return load(str(folder), local_files_only=True, **options)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}).") from error
-
-    vae = part("vae", AutoencoderKLWan.from_pretrained, dtype=torch.float32).to(device).eval()
-    text_encoder = part("text_encoder", UMT5EncoderModel.from_pretrained, dtype=text_dtype).to(device).eval()
-    tokenizer = part("tokenizer", AutoTokenizer.from_pretrained)
-    vae.requires_grad_(False)
+    text_encoder = _part(pipeline_dir, "text_encoder", UMT5EncoderModel.from_pretrained, dtype=dtype)
+    text_encoder = text_encoder.to(device).eval()
     text_encoder.requires_grad_(False)
-    pipeline = WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler()
-    )
+    tokenizer = _part(pipeline_dir, "tokenizer", AutoTokenizer.from_pretrained)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return WanPipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=scheduler)  # type: ignore[arg-type]
 
-    def statistics(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
 
-    return Encoders(vae, pipeline, statistics(vae.config.latents_mean), statistics(vae.config.latents_std), device)
+def _part(pipeline_dir: Path, name: str, load: Any, **options: Any) -> Any:
+    folder = pipeline_dir / name
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: missing; {pipeline_dir} is not a WAN pipeline in diffusers layout.")
+    try:
+        return load(str(folder), local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}).") from error

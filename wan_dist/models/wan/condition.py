@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_FRAMES_PER_LATENT = 4
+FRAMES_PER_LATENT = 4
 
 
 def condition_video(video: Tensor) -> Tensor:
@@ -30,6 +30,6 @@ def first_frame_mask(num_frames: int, height: int, width: int) -> Tensor:
         width: w, in latents.
     Source: as `condition_video`.
     """
-    mask = torch.zeros(num_frames + _FRAMES_PER_LATENT - 1, height, width)
-    mask[:_FRAMES_PER_LATENT] = 1.0
-    return mask.view(-1, _FRAMES_PER_LATENT, height, width).transpose(0, 1).contiguous()
+    mask = torch.zeros(num_frames + FRAMES_PER_LATENT - 1, height, width)
+    mask[:FRAMES_PER_LATENT] = 1.0
+    return mask.view(-1, FRAMES_PER_LATENT, height, width).transpose(0, 1).contiguous()
