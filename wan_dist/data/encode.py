@@ -128,7 +128,7 @@ def load_encoders(
     """
     from diffusers import AutoencoderKLWan
 
-    vae = None
+    vae: Any = None
     if vae_config is None:
         vae = _part(pipeline_dir, "vae", AutoencoderKLWan.from_pretrained, dtype=torch.float32).to(device).eval()
         vae.requires_grad_(False)
