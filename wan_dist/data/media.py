@@ -21,11 +21,16 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-FORMATS: Final = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,png_pipe,jpeg_pipe"
+from wan_dist.data.spans import FileSpan
+
+FORMATS: Final = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,png_pipe,jpeg_pipe"
 """FFmpeg demuxers that may open a clip."""
 
 MAX_PIXELS: Final = 40_000_000
 """Largest frame that is decoded, px: a little over 8K (7680x4320). A 17.7 kB file can ask for 600 MB otherwise."""
+
+Source = Path | bytes | FileSpan
+"""A file, its bytes, or a part of a file."""
 
 
 class MediaError(Exception):
@@ -63,7 +68,7 @@ class Timeline:
 
 
 @contextmanager
-def open_media(source: Path | bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_media(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Yield the container and its video stream, single-threaded.
 
     Without the explicit close, PyAV holds threads and memory: 95 threads after 60 HEVC files.
@@ -71,7 +76,7 @@ def open_media(source: Path | bytes) -> Iterator[tuple[InputContainer, VideoStre
     Raises:
         MediaError: not a supported container, no video in it, or a frame size out of bounds.
     """
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
+    with _open_stream(source) as stream:
         try:
             container = av.open(_unnamed(stream), "r", options={"format_whitelist": FORMATS}, metadata_errors="replace")
         except (FFmpegError, OSError, ValueError) as error:
@@ -173,12 +178,18 @@ def _area(video: VideoStream) -> int:
     return video.codec_context.width * video.codec_context.height if video.codec_context else 0
 
 
+def _open_stream(source: Source) -> IO[bytes]:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return source.open() if isinstance(source, FileSpan) else source.open("rb")
+
+
 def _unnamed(stream: IO[bytes]) -> SimpleNamespace:
     """Hide a file's name, which PyAV would pass on and FFmpeg would guess the format from."""
     return SimpleNamespace(read=stream.read, seek=stream.seek, tell=stream.tell, seekable=stream.seekable)
 
 
-def _explain_unopened(stream: io.IOBase, error: Exception) -> MediaError:
+def _explain_unopened(stream: IO[bytes], error: Exception) -> MediaError:
     """Tell apart the usual reasons for which FFmpeg opens nothing."""
     stream.seek(0)
     head = stream.read(512).lstrip().lower()
