@@ -30,7 +30,7 @@ from wan_dist.parallel import dist
 from wan_dist.parallel.dist import Ranks
 from wan_dist.parallel.ds_config import accumulation_steps, deepspeed_config
 from wan_dist.parallel.environment import build_guard
-from wan_dist.parallel.load import build_partitioned, fill_partitions
+from wan_dist.parallel.load import build_partitioned, fill_partitions, tensor_files
 from wan_dist.parallel.shutdown import StopRequest
 from wan_dist.train.hooks import CheckpointHook, ReportHook
 from wan_dist.train.loop import TrainState, train
@@ -60,6 +60,7 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         WanDistError: anything that the user can mend.
     """
     check_paths(cfg)
+    _check_transformer(cfg)
     num_accumulated = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
@@ -82,6 +83,13 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     finally:
         batches.close()
     return _finish(run_dir, ranks, stop, state, cfg.train.num_steps)
+
+
+def _check_transformer(cfg: TrainConfig) -> None:
+    """Return if the transformer's files are there and of the variant, before anything slow starts."""
+    folder = transformer_folder(Path(cfg.model.path), cfg.model.expert)
+    read_transformer_config(folder, get_variant(cfg.model.variant))
+    tensor_files(folder)
 
 
 def _run(
