@@ -27,6 +27,10 @@ class DataError(WanDistError):
     """Clips, captions or shards are missing, damaged or unfit for the configuration."""
 
 
+class StorageError(DataError):
+    """Shards cannot be reached, or changed while they were read: no sample is to blame, so none is replaced."""
+
+
 class ModelError(WanDistError):
     """A model folder or weight file is missing, damaged or of another kind than stated."""
 

@@ -7,25 +7,24 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 
-from wan_dist.core import buckets as bucket_rules
-from wan_dist.core.buckets import Bucket, assign_bucket, make_buckets
+from wan_dist.core.buckets import Bucket, make_buckets, merge_small_buckets
 from wan_dist.core.errors import DataError
-from wan_dist.data import timing
-from wan_dist.data.decode import DECODE_RULES, crop_window, decode_clip
+from wan_dist.core.order import SampleOrder, Tail
+from wan_dist.data.assign import DROP_REASONS, ClipRules, FrameChoice, assign_clips, explain_drops, time_window
+from wan_dist.data.decode import DECODE_RULES, crop_window
+from wan_dist.data.decode_worker import Decoder, open_decoder
 from wan_dist.data.index import ShardSet, open_shards
-from wan_dist.data.reader import locate, read_json, read_member
+from wan_dist.data.mixture import MixedShards, ShardSource, mixing_rates
+from wan_dist.data.reader import locate, read_captions, read_member
 
 logger = logging.getLogger(__name__)
 
-DROP_REASONS: Final = {**bucket_rules.REASONS, **timing.REASONS}
-
-_FRAME_CHOICES: Final = {"head": 0.0, "center": 0.5}
 _CENTER: Final = (0.5, 0.5)
 
 
@@ -42,6 +41,7 @@ class LocatedClip:
         row: row in the shard's index.
         choice: place of the window in time, in [0, 1).
         crop_xy: place of the crop, in [0, 1) along width and height.
+        fps: frames per second at which it is shown.
     """
 
     key: str
@@ -52,6 +52,7 @@ class LocatedClip:
     row: int
     choice: float
     crop_xy: tuple[float, float]
+    fps: float
 
 
 @dataclass(frozen=True)
@@ -71,35 +72,10 @@ class ClipSample:
     cache_key: str
 
 
-@dataclass(frozen=True)
-class ClipRules:
-    """How clips become samples; the fields of `wan_dist.config.schema.DataConfig` of the same names.
-
-    Attributes:
-        sizes: (width, height) in px of the spatial buckets.
-        num_frames: frames of the temporal buckets.
-        fps: frames per second.
-        frame_choice: which part of a longer clip is used.
-        crop: which part is kept after the cover-resize.
-        allow_duplicate_frames: use clips of too low a frame rate.
-        allow_upscale: use clips smaller than their bucket.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    num_frames: tuple[int, ...]
-    fps: float
-    frame_choice: Literal["head", "center", "random"]
-    crop: Literal["center", "random"]
-    allow_duplicate_frames: bool
-    allow_upscale: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return json.loads(json.dumps(self.__dict__))
-
-
 class ClipDataset:
     """Packed shards seen through `ClipRules`. Safe to use from several threads.
+
+    Shards of several data sets are numbered one data set after the other.
 
     Attributes:
         buckets: every training shape, B of them.
@@ -108,36 +84,52 @@ class ClipDataset:
         digest: changes with any byte of the shards and with any rule; a run resumes only on the same digest.
     """
 
-    def __init__(self, shards: ShardSet, rules: ClipRules) -> None:
-        """Sort the clips of opened shards into buckets. `ClipDataset.open` is the usual way in."""
-        self._shards = shards
+    def __init__(
+        self, shards: ShardSet | Sequence[MixedShards], rules: ClipRules, decoder: Decoder | None = None
+    ) -> None:
+        """Sort the clips of opened shards into buckets. `ClipDataset.open` is the usual way in.
+
+        Args:
+            shards: opened shards, of one data set or of several.
+            rules: how clips become samples.
+            decoder: turns files into frames; None decodes in this process.
+        """
+        self._mixed = [MixedShards(shards)] if isinstance(shards, ShardSet) else list(shards)
+        self._decoder = decoder or open_decoder("thread")
         self._rules = rules
         self.buckets = make_buckets(rules.sizes, rules.num_frames)
-        self.drops: dict[str, int] = {}
+        # Of each shard: its data set, and its number there.
+        self._places = [(m, number) for m in self._mixed for number in range(len(m.shards.manifest.shards))]
+        assigned = [assign_clips(m.shards.index(number), rules, len(self.buckets)) for m, number in self._places]
         # rows[shard][bucket]: rows of the shard's index, ascending.
-        self._rows = [self._sort_shard(shard) for shard in range(len(shards.manifest.shards))]
-        self.counts = np.array([[len(r) for r in rows] for rows in self._rows], np.int64).reshape(-1, len(self.buckets))
-        content = json.dumps([shards.manifest.digest, DECODE_RULES, rules.as_json()], sort_keys=True)
+        self._rows = [list(a.rows) for a in assigned]
+        self.drops = dict(sum((Counter(a.drops) for a in assigned), Counter()))
+        self._count()
+        identity = (
+            [m.identity() for m in self._mixed] if len(self._mixed) > 1 else self._mixed[0].shards.manifest.digest
+        )
+        content = json.dumps([identity, DECODE_RULES, rules.as_json()], sort_keys=True)
         self.digest = hashlib.sha256(content.encode()).hexdigest()
-        self._decoder = f"{av.__version__}/{av.ffmpeg_version_info}/{DECODE_RULES}"
+        self._decoder_name = f"{av.__version__}/{av.ffmpeg_version_info}/{DECODE_RULES}"
 
     @classmethod
     def open(
         cls,
-        shards_dir: Path,
+        shards_dir: Path | str | Sequence[ShardSource],
         *,
         sizes: Sequence[tuple[int, int]],
         num_frames: Sequence[int],
         fps: float,
-        frame_choice: Literal["head", "center", "random"] = "head",
+        frame_choice: FrameChoice = "head",
         crop: Literal["center", "random"] = "center",
         allow_duplicate_frames: bool = False,
         allow_upscale: bool = False,
+        decoder: Decoder | None = None,
     ) -> "ClipDataset":
         """Open the shards of a folder and log which clips go where, and how many go nowhere.
 
         Args:
-            shards_dir: folder written by `wan-data pack`.
+            shards_dir: folder or URL of what `wan-data pack` wrote, or several of them with their weights.
             sizes: (width, height) in px of the spatial buckets.
             num_frames: frames of the temporal buckets.
             fps: frames per second.
@@ -145,6 +137,7 @@ class ClipDataset:
             crop: which part is kept after the cover-resize.
             allow_duplicate_frames: use clips of too low a frame rate by repeating frames.
             allow_upscale: use clips smaller than their bucket.
+            decoder: turns files into frames; None decodes in this process.
         Raises:
             DataError: the shards are damaged or unfinished, or no clip fits any bucket.
         """
@@ -157,20 +150,65 @@ class ClipDataset:
             allow_duplicate_frames,
             allow_upscale,
         )
-        dataset = cls(open_shards(Path(shards_dir)), rules)
+        sources = [ShardSource(str(shards_dir))] if isinstance(shards_dir, Path | str) else shards_dir
+        opened = [MixedShards(open_shards(s.path, s.cache), s.weight, s.repeats, s.loss_weight) for s in sources]
+        dataset = cls(opened, rules, decoder)
         if not dataset.counts.any():
-            raise DataError(f"{shards_dir}: none of {dataset.num_clips} clips can be used: {dataset._explain_drops()}.")
+            indexes = [m.shards.index(number) for m, number in dataset._places]
+            why = explain_drops(dataset.drops, indexes)
+            raise DataError(f"{dataset.name}: none of {dataset.num_clips} clips can be used: {why}.")
         logger.info("%s", dataset.table())
         return dataset
+
+    def close(self) -> None:
+        """End the decoder's processes, if it has any."""
+        self._decoder.close()
+
+    @property
+    def name(self) -> str:
+        """Where the clips come from, for messages."""
+        return ", ".join(m.shards.name for m in self._mixed)
 
     @property
     def num_clips(self) -> int:
         """Clips in the shards, used or not."""
-        return self._shards.manifest.num_clips
+        return sum(m.shards.manifest.num_clips for m in self._mixed)
+
+    def merge_small_buckets(self, block_size: int) -> None:
+        """Empty buckets with fewer than `block_size` clips into their nearest neighbours, and log it."""
+        totals = [int(n) for n in self.counts.sum(0)]
+        targets = merge_small_buckets(self.buckets, totals, block_size, self._rules.allow_upscale)
+        for rows in self._rows:
+            for bucket, target in enumerate(targets):
+                if bucket != target and len(rows[bucket]):
+                    rows[target] = np.sort(np.concatenate([rows[target], rows[bucket]]))
+                    rows[bucket] = rows[bucket][:0]
+        for bucket, target in enumerate(targets):
+            if bucket != target and totals[bucket]:
+                logger.info("merged %d clips of %s into %s", totals[bucket], self.buckets[bucket], self.buckets[target])
+        self._count()
+        content = json.dumps([self.digest, "merge", block_size])
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
+
+    def order(self, block_size: int, window_shards: int, seed: int, tail: Tail = "carry") -> SampleOrder:
+        """Return the sample order over these clips; arguments and errors are those of `SampleOrder`."""
+        return SampleOrder(
+            self.counts,
+            block_size,
+            window_shards,
+            seed,
+            tail=tail,
+            shards_per_dataset=[len(m.shards.manifest.shards) for m in self._mixed],
+            rates=mixing_rates(self._mixed, self._clips_used()),
+        )
+
+    def loss_weight(self, shard: int) -> float:
+        """Return what the loss of a shard's clips is multiplied by."""
+        return self._places[shard][0].loss_weight
 
     def table(self) -> str:
         """Return lines that say how many clips each bucket has, and how many were left out and why."""
-        head = f"{self._shards.folder}: {int(self.counts.sum())} of {self.num_clips} clips used"
+        head = f"{self.name}: {int(self.counts.sum())} of {self.num_clips} clips used"
         lines = [
             f"  {b.width}x{b.height}, {b.num_frames} frames: {n} clips"
             for b, n in zip(self.buckets, self.counts.sum(0), strict=True)
@@ -184,32 +222,31 @@ class ClipDataset:
         """Return a sample before it is decoded, so that a caller with its `cache_key` need not decode it.
 
         Args:
-            bucket: number of the bucket.
+            bucket: number of its bucket.
             shard: number of the shard.
             index: number of the clip among those of the bucket in the shard.
-            choice: draw from [0, 1) that places the window in time, used if `frame_choice` is `random`.
+            choice: draw from [0, 1) that places the window in time, if `frame_choice` leaves it to chance.
             crop_xy: draws from [0, 1) that place the crop, used if `crop` is `random`.
         Raises:
             DataError: its captions cannot be read.
         """
+        mixed, local = self._places[shard]
         number = int(self._rows[shard][bucket][index])
-        row = self._shards.index(shard)[number]
+        row = mixed.shards.index(local)[number]
         shape = self.buckets[bucket]
-        choice = _FRAME_CHOICES.get(self._rules.frame_choice, choice)
+        fps, choice = time_window(row, shape, self._rules, choice)
         crop_xy = crop_xy if self._rules.crop == "random" else _CENTER
-        described = read_json(locate(self._shards.tar_path(shard), row, "json"))
+        captions = read_captions(mixed.shards.tar(local), row)
         window = crop_window(int(row["width"]), int(row["height"]), shape, crop_xy)
         content = [
-            self._shards.manifest.shards[shard].sha256,
+            mixed.shards.manifest.shards[local].sha256,
             row["key"].decode(),
-            [shape.width, shape.height, shape.num_frames, self._rules.fps, self._rules.allow_duplicate_frames],
+            [shape.width, shape.height, shape.num_frames, fps, self._rules.allow_duplicate_frames],
             [choice, window.x, window.y],
-            self._decoder,
+            self._decoder_name,
         ]
         cache_key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        return LocatedClip(
-            row["key"].decode(), tuple(described["captions"]), cache_key, shape, shard, number, choice, crop_xy
-        )
+        return LocatedClip(row["key"].decode(), captions, cache_key, shape, shard, number, choice, crop_xy, fps)
 
     def frames(self, clip: LocatedClip) -> NDArray[np.uint8]:
         """Return the frames of a located sample, [F, H, W, 3] RGB in 0..255.
@@ -217,11 +254,12 @@ class ClipDataset:
         Raises:
             DataError: the clip is damaged.
         """
-        where = locate(self._shards.tar_path(clip.shard), self._shards.index(clip.shard)[clip.row], "media")
-        return decode_clip(
+        mixed, local = self._places[clip.shard]
+        where = locate(mixed.shards.tar(local), mixed.shards.index(local)[clip.row], "media")
+        return self._decoder.decode(
             read_member(where),
             clip.bucket,
-            fps=self._rules.fps,
+            fps=clip.fps,
             choice=clip.choice,
             crop_xy=clip.crop_xy,
             allow_duplicate_frames=self._rules.allow_duplicate_frames,
@@ -233,39 +271,11 @@ class ClipDataset:
         clip = self.locate(bucket, shard, index, choice=choice, crop_xy=crop_xy)
         return ClipSample(clip.key, clip.captions, self.frames(clip), clip.cache_key)
 
-    def _sort_shard(self, shard: int) -> list[NDArray[np.int64]]:
-        """Return the rows of each bucket, B arrays, and count the clips that go into none."""
-        fields = self._shards.index(shard)[["width", "height", "num_frames", "fps", "max_gap_s"]]
-        # Clips of a data set share few sizes and lengths; the rules are applied once to each.
-        kinds, kind_of = np.unique(fields, return_inverse=True)
-        placed = [self._place(kind) for kind in kinds]
-        sizes = np.bincount(kind_of, minlength=len(kinds))
-        drops = Counter(self.drops)
-        for place, count in zip(placed, sizes, strict=True):
-            if isinstance(place, str):
-                drops[place] += int(count)
-        self.drops = dict(drops)
-        bucket_of = np.array([p if isinstance(p, int) else -1 for p in placed], np.int64)[kind_of]
-        return [np.flatnonzero(bucket_of == bucket) for bucket in range(len(self.buckets))]
+    def _count(self) -> None:
+        counts = [[len(r) for r in rows] for rows in self._rows]
+        self.counts = np.array(counts, np.int64).reshape(-1, len(self.buckets))
 
-    def _place(self, kind: np.void) -> int | str:
-        """Return the bucket of a clip, or a key of `DROP_REASONS`."""
-        rules, source_fps = self._rules, float(kind["fps"])
-        problem = timing.timing_problem(source_fps, float(kind["max_gap_s"]), rules.fps, rules.allow_duplicate_frames)
-        if problem:
-            return problem
-        available = timing.available_frames(
-            int(kind["num_frames"]), source_fps, rules.fps, rules.allow_duplicate_frames
-        )
-        size = int(kind["width"]), int(kind["height"])
-        return assign_bucket(*size, available, rules.sizes, rules.num_frames, rules.allow_upscale)
-
-    def _explain_drops(self) -> str:
-        """Say why clips were left out, and what the clips are like."""
-        reasons = "; ".join(f"{count} {why}: {DROP_REASONS[why]}" for why, count in sorted(self.drops.items()))
-        rows = np.concatenate([np.asarray(self._shards.index(s)) for s in range(len(self._rows))])
-        ranges = (
-            f"{rows[name].min():.4g} to {rows[name].max():.4g} {unit}"
-            for name, unit in (("width", "px wide"), ("height", "px high"), ("num_frames", "frames"), ("fps", "fps"))
-        )
-        return f"{reasons}. The clips have {', '.join(ranges)}"
+    def _clips_used(self) -> list[int]:
+        """Return the clips of each data set that are in a bucket."""
+        sizes = [len(m.shards.manifest.shards) for m in self._mixed]
+        return [int(part.sum()) for part in np.split(self.counts, np.cumsum(sizes)[:-1])]

@@ -63,6 +63,7 @@ def decode_clip(
     crop_xy: tuple[float, float] = (0.5, 0.5),
     allow_duplicate_frames: bool = False,
     name: str = "clip",
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Return a clip's frames in a bucket's shape, [F, H, W, 3] RGB in 0..255.
 
@@ -77,6 +78,7 @@ def decode_clip(
         crop_xy: place of the crop in [0, 1) along width and height.
         allow_duplicate_frames: repeat frames where the clip is too slow or has holes.
         name: how an error names the clip.
+        out: [F, H, W, 3], written to and returned; None for a new array.
     Raises:
         DataError: the clip is damaged, or gives fewer frames than the bucket has.
     """
@@ -84,7 +86,8 @@ def decode_clip(
         with open_media(source) as (container, video):
             timeline = read_timeline(container, video)
         chosen = _chosen_pts(timeline, bucket.num_frames, fps, choice, allow_duplicate_frames)
-        out = np.empty((bucket.num_frames, bucket.height, bucket.width, 3), np.uint8)
+        if out is None:
+            out = np.empty((bucket.num_frames, bucket.height, bucket.width, 3), np.uint8)
         # Decoding usually starts at the last keyframe before the first frame; where that seek misses, at the head.
         if not (_starts_late(timeline, chosen) and _fill(source, chosen, bucket, crop_xy, out, seek=True)):
             _fill(source, chosen, bucket, crop_xy, out, seek=False)

@@ -7,7 +7,8 @@ checksum. Hence the manifest with sizes and hashes, and a CRC-32 for every membe
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from wan_dist.core.errors import DataError
+from wan_dist.core.errors import DataError, StorageError
+from wan_dist.data.stores import CacheLimits, LocalStore, Store, StoredFile, open_store, read_whole
 
 MANIFEST_NAME: Final = "manifest.json"
 MEMBERS: Final = ("json", "text", "media")
@@ -68,26 +70,62 @@ class Manifest(_Strict):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened folder of shards."""
+    """An opened folder or URL of shards.
 
-    folder: Path
+    Attributes:
+        store: where they lie.
+        manifest: what they hold.
+        rebuilt: indexes that were missing and were made anew, by shard number.
+    """
+
+    store: Store
     manifest: Manifest
+    rebuilt: Mapping[int, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The folder or URL, for messages."""
+        return self.store.name
+
+    @property
+    def folder(self) -> Path:
+        """The folder they lie in.
+
+        Raises:
+            DataError: they lie on another machine.
+        """
+        if not isinstance(self.store, LocalStore):
+            raise DataError(f"{self.name}: this needs shards in a local folder; copy them first.")
+        return self.store.folder
 
     def tar_path(self, shard: int) -> Path:
-        """Path of shard number `shard`."""
+        """Path of shard number `shard`; raises DataError if it lies on another machine."""
         return self.folder / self.manifest.shards[shard].name
 
+    def tar(self, shard: int) -> StoredFile:
+        """Shard number `shard`, wherever it lies."""
+        return StoredFile(self.store, self.manifest.shards[shard].name)
+
     def index(self, shard: int) -> NDArray[Any]:
-        """Return the index of shard number `shard`, [num_clips] of `INDEX_DTYPE`, memory-mapped."""
+        """Return the index of shard number `shard`, [num_clips] of `INDEX_DTYPE`; that of a local file memory-mapped.
+
+        Raises:
+            DataError: it is not readable, or belongs to other shards.
+        """
+        if shard in self.rebuilt:
+            return self.rebuilt[shard]
         entry = self.manifest.shards[shard]
-        path = self.folder / entry.index_name
+        file = StoredFile(self.store, entry.index_name)
         try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            if isinstance(self.store, LocalStore):
+                rows = np.load(self.store.folder / entry.index_name, mmap_mode="r", allow_pickle=False)
+            else:
+                rows = np.load(io.BytesIO(read_whole(self.store, entry.index_name)), allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable index ({error}); copy it again or pack again.") from error
+            raise DataError(f"{file}: not a readable index ({error}); copy it again or pack again.") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (entry.num_clips,):
             raise DataError(
-                f"{path}: holds {rows.shape} rows of another kind than the {entry.num_clips} in {MANIFEST_NAME}; "
+                f"{file}: holds {rows.shape} rows of another kind than the {entry.num_clips} in {MANIFEST_NAME}; "
                 "copy it again or pack again."
             )
         return rows
@@ -106,44 +144,104 @@ def shards_digest(shards: tuple[ShardEntry, ...]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def open_shards(folder: Path) -> ShardSet:
-    """Return the shards of `folder` after comparing the size of each file with the manifest.
+def open_shards(where: Path | str, cache: CacheLimits | None = None) -> ShardSet:
+    """Return the shards of a folder or URL after comparing what is there with the manifest.
 
+    A missing index is made anew from its shard. Of remote shards only the manifest is read here; each one's size is
+    compared when it is first read.
+
+    Args:
+        where: folder or URL of what `wan-data pack` or `wan-data index` wrote.
+        cache: where parts of remote shards are kept; None keeps nothing.
     Raises:
-        DataError: no or another manifest, or a shard or index is missing or has another size.
+        DataError: no or another manifest, a shard is missing or has another size, or is newer than its index.
+        StorageError: the storage cannot be reached.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        state = (
-            "packing has not finished there; run `wan-data pack` again"
-            if (folder / "plan.json").exists()
-            else ("run `wan-data pack CLIPS SHARDS` first" if folder.is_dir() else "there is no such folder")
-        )
-        raise DataError(f"{folder}: no {MANIFEST_NAME}: {state}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DataError(f"{path}: {where}: {first['msg']}; copy it again or pack again.") from error
-    wrong = [w for s in manifest.shards for w in wrong_files(folder, s)]
+    store = open_store(where, cache)
+    manifest = _read_manifest(store)
+    if not isinstance(store, LocalStore):
+        return ShardSet(_SizedStore(store, {s.name: s.num_bytes for s in manifest.shards}), manifest)
+    wrong = [w for s in manifest.shards for w in _wrong_files(store.folder, s)]
     if not wrong and (shards_digest(manifest.shards) != manifest.digest):
         wrong = [f"{MANIFEST_NAME} was edited (its digest does not match its shards)"]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise DataError(f"{folder}: {'; '.join(wrong[:3])}{more}. Copy the folder again or pack again.")
-    return ShardSet(folder, manifest)
+        raise DataError(f"{store.name}: {'; '.join(wrong[:3])}{more}. Copy the folder again or pack again.")
+    # Not at the top: making an index needs the reader and the prober, which need this module.
+    from wan_dist.data.reindex import check_stale, restore_index
+
+    missing = {n: s for n, s in enumerate(manifest.shards) if not (store.folder / s.index_name).exists()}
+    shards = ShardSet(store, manifest, {n: restore_index(store.folder, s) for n, s in missing.items()})
+    check_stale(shards)
+    return shards
 
 
-def wrong_files(folder: Path, entry: ShardEntry) -> list[str]:
-    """Return what is wrong with the two files of a shard, by their sizes."""
+def _read_manifest(store: Store) -> Manifest:
+    try:
+        content = read_whole(store, MANIFEST_NAME)
+    except OSError:
+        raise DataError(f"{store.name}: no {MANIFEST_NAME}: {_why_no_manifest(store)}.") from None
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        part = ".".join(str(part) for part in first["loc"]) or "file"
+        raise DataError(
+            f"{StoredFile(store, MANIFEST_NAME)}: {part}: {first['msg']}; copy it again or pack again."
+        ) from error
+
+
+def _why_no_manifest(store: Store) -> str:
+    if not isinstance(store, LocalStore):
+        return "give the URL of the folder that `wan-data pack` wrote, copied with all its files"
+    if (store.folder / "plan.json").exists():
+        return "packing has not finished there; run `wan-data pack` again"
+    if not store.folder.is_dir():
+        return "there is no such folder"
+    if any(store.folder.glob("*.tar")):
+        return "tars of another program; run `wan-data index` there first, or set data.source to stream"
+    return "run `wan-data pack CLIPS SHARDS` first"
+
+
+def _wrong_files(folder: Path, entry: ShardEntry) -> list[str]:
+    """Return what is wrong with the two files of a shard; a missing index is not."""
     wrong: list[str] = []
     for name, size in ((entry.name, entry.num_bytes), (entry.index_name, entry.index_bytes)):
         try:
             found = (folder / name).stat().st_size
         except OSError:
-            wrong.append(f"{name} is missing")
+            if name == entry.name:
+                wrong.append(f"{name} is missing")
             continue
         if found != size:
             wrong.append(f"{name} has {found} bytes instead of {size}")
     return wrong
+
+
+@dataclass(frozen=True)
+class _SizedStore:
+    """A remote store whose shards must have the sizes in the manifest; looked at when a shard is first read."""
+
+    inner: Store
+    sizes: Mapping[str, int]
+    checked: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def size(self, name: str) -> int:
+        return self.inner.size(name)
+
+    def version(self, name: str) -> str:
+        return self.inner.version(name)
+
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        if name in self.sizes and name not in self.checked:
+            found = self.inner.size(name)
+            if found != self.sizes[name]:
+                raise StorageError(
+                    f"{self.name}/{name}: has {found} bytes instead of {self.sizes[name]}; copy it there again."
+                )
+            self.checked.add(name)
+        return self.inner.read_range(name, offset, size)

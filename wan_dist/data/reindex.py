@@ -1,0 +1,239 @@
+"""Make indexes from shards: of a tar that another program wrote, or of one whose index was lost."""
+
+import hashlib
+import io
+import json
+import logging
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wan_dist.core.errors import DataError
+from wan_dist.data.index import (
+    MANIFEST_NAME,
+    MEMBERS,
+    Manifest,
+    ShardEntry,
+    ShardSet,
+    encode_index,
+    open_shards,
+    shards_digest,
+)
+from wan_dist.data.probe import ClipInfo, Reject
+from wan_dist.data.probe_worker import Prober
+from wan_dist.data.reader import CAPTION_KEYS, locate, read_member
+from wan_dist.data.shard_format import write_file
+from wan_dist.data.stores import StoredFile
+from wan_dist.data.tar_walk import TarMember, TarSample, index_key, split_name, walk_tar
+
+logger = logging.getLogger(__name__)
+
+MEDIA_EXTENSIONS: Final = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "png", "jpg", "jpeg")
+_INFO_FIELDS: Final = ("width", "height", "num_frames", "fps", "duration_s", "max_gap_s")
+_NO_MEMBER: Final = TarMember(0, 0, 0)
+_SAMPLES_CHECKED: Final = 64
+FOREIGN_PLAN: Final = "foreign"
+"""`plan_digest` of a manifest that `wan-data index` made."""
+
+
+def index_tar(path: Path, on_sample: Callable[[], None] = lambda: None) -> tuple[bytes, list[Reject]]:
+    """Return the index file of any tar, and the samples that were left out of it.
+
+    Every byte is read once, for the checksums. What packing wrote about a clip is believed; other clips are probed in
+    a process of their own.
+
+    Args:
+        path: an uncompressed tar.
+        on_sample: called after each sample.
+    Raises:
+        DataError: it is no whole tar, or two samples share a key.
+    """
+    rows: list[tuple[Any, ...]] = []
+    rejects: list[Reject] = []
+    keys: set[bytes] = set()
+    with Prober() as prober, path.open("rb") as stream:
+
+        def content(member: TarMember) -> bytes:
+            stream.seek(member.offset)
+            return stream.read(member.size)
+
+        for sample in walk_tar(path, checksums=True):
+            found = _row(sample, content, prober, f"{path.name}: {sample.key}")
+            if isinstance(found, Reject):
+                rejects.append(found)
+            elif found[0] in keys:
+                raise DataError(f"{path}: two samples have the key {sample.key}; rename one and make the tar again.")
+            else:
+                keys.add(found[0])
+                rows.append(found)
+            on_sample()
+    return encode_index(rows), rejects
+
+
+def index_folder(folder: Path, on_shard: Callable[[int, int], None] = lambda _done, _all: None) -> Manifest:
+    """Write index and manifest for the tars of a folder that another program wrote; return the manifest.
+
+    Args:
+        folder: holds `*.tar` and no manifest.
+        on_shard: called after each tar with how many are done, and their number.
+    Raises:
+        DataError: there is a manifest already, no tar, or no usable clip.
+    """
+    if (folder / MANIFEST_NAME).exists():
+        shards = open_shards(folder)
+        return shards.manifest
+    tars = sorted(folder.glob("*.tar"))
+    if not tars or (folder / "plan.json").exists():
+        raise DataError(f"{folder}: no tars to index, or packing has not finished there; run `wan-data pack`.")
+    entries: list[ShardEntry] = []
+    rejects: list[Reject] = []
+    for number, path in enumerate(tars):
+        content, left_out = index_tar(path)
+        index = write_file(path.with_suffix(".idx.npy"), content)
+        rejects += left_out
+        entries.append(
+            ShardEntry(
+                name=path.name,
+                num_clips=len(np.load(path.with_suffix(".idx.npy"), mmap_mode="r")),
+                num_bytes=path.stat().st_size,
+                sha256=_sha256(path),
+                index_name=path.with_suffix(".idx.npy").name,
+                index_bytes=index.num_bytes,
+                index_sha256=index.sha256,
+            )
+        )
+        on_shard(number + 1, len(tars))
+    by_code = dict(sorted(Counter(r.code for r in rejects).items()))
+    num_clips = sum(e.num_clips for e in entries)
+    if not num_clips:
+        raise DataError(f"{folder}: no clip in its tars can be used: {by_code}; first {rejects[:1]}.")
+    manifest = Manifest(
+        digest=shards_digest(tuple(entries)),
+        plan_digest=FOREIGN_PLAN,
+        num_clips=num_clips,
+        num_bytes=sum(e.num_bytes for e in entries),
+        rejects=by_code,
+        shards=tuple(entries),
+    )
+    lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects)
+    write_file(folder / "rejects.jsonl", lines.encode())
+    write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+    return manifest
+
+
+def restore_index(folder: Path, entry: ShardEntry) -> NDArray[Any]:
+    """Return the index of a shard that lost it, made from its headers and written back where that is possible.
+
+    Raises:
+        DataError: the shard is not the one in the manifest any more.
+    """
+    path = folder / entry.name
+    logger.warning("%s: %s is missing; making it anew from the shard", folder, entry.index_name)
+    content, _ = index_tar(path)
+    if len(content) != entry.index_bytes or hashlib.sha256(content).hexdigest() != entry.index_sha256:
+        raise DataError(
+            f"{path}: {entry.index_name} is missing, and the one made anew differs from {MANIFEST_NAME}: the shard "
+            "was changed or another version packed it; copy the folder again or pack again."
+        )
+    try:
+        write_file(folder / entry.index_name, content)
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s); kept in memory", folder / entry.index_name, error)
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def check_stale(shards: ShardSet) -> None:
+    """Return if no shard was replaced after its index was written.
+
+    Files that were copied are often newer than their index, so a later time alone is no proof: headers are compared
+    then, and the checksums of a few captions.
+
+    Raises:
+        DataError: a shard and its index differ.
+    """
+    for number, entry in enumerate(shards.manifest.shards):
+        index_path = shards.folder / entry.index_name
+        if number in shards.rebuilt or shards.tar_path(number).stat().st_mtime_ns <= index_path.stat().st_mtime_ns:
+            continue
+        rows = shards.index(number)
+        for place in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLES_CHECKED)).astype(int)):
+            if problem := _mismatch(shards.tar(number), cast(np.void, rows[place])):
+                raise DataError(
+                    f"{index_path}: older than {entry.name} and stale: {problem}; "
+                    "copy both again from one source, or pack again."
+                )
+
+
+def _mismatch(tar: StoredFile, row: np.void) -> str | None:
+    """Return what a row of an index and its shard differ in."""
+    where, key = locate(tar, row, "media"), row["key"]
+    try:
+        header = tarfile.TarInfo.frombuf(tar.read_range(where.offset - 512, 512), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return f"no clip begins where it says that {key.decode()} does"
+    # A header holds 100 bytes of a name; longer ones stand elsewhere.
+    if header.size != where.size or (len(header.name) < 100 and index_key(split_name(header.name)[0]) != key):
+        return f"{header.name} of {header.size} bytes stands where it says {key.decode()} of {where.size} bytes"
+    if row["json_size"]:
+        try:
+            read_member(locate(tar, row, "json"))
+        except DataError:
+            return f"the description of {key.decode()} has another checksum"
+    return None
+
+
+def _row(
+    sample: TarSample, content: Callable[[TarMember], bytes], prober: Prober, name: str
+) -> tuple[Any, ...] | Reject:
+    """Return the index row of a sample, or why it is left out."""
+    extension = next((e for e in sample.members if e.rpartition(".")[2] in MEDIA_EXTENSIONS), None)
+    if extension is None:
+        return Reject("no_media", name, f"has {', '.join(sample.members)}; clips are .{', .'.join(MEDIA_EXTENSIONS)}")
+    members = {
+        "json": sample.members.get("json"),
+        "text": sample.members.get("txt"),
+        "media": sample.members[extension],
+    }
+    described: dict[str, Any] = {}
+    if members["json"]:
+        try:
+            described = json.loads(content(members["json"]))
+        except ValueError:
+            return Reject("bad_json", name, "its json is not readable; mend it")
+    if not members["text"] and not (isinstance(described, dict) and any(described.get(k) for k in CAPTION_KEYS)):
+        return Reject("no_caption", name, f"neither a txt nor a json with {', '.join(CAPTION_KEYS)}; add one")
+    numbers = _described(described)
+    if numbers is None:
+        info = _probe(content(sample.members[extension]), extension, prober, name)
+        if isinstance(info, Reject):
+            return info
+        numbers = [getattr(info, field) for field in _INFO_FIELDS]
+    places = [v for m in MEMBERS for x in [members[m] or _NO_MEMBER] for v in (x.offset, x.size, x.crc32)]
+    return (index_key(sample.key), extension.encode()[:8], *places, *numbers)
+
+
+def _described(described: Any) -> list[float] | None:
+    """Return what packing wrote about a clip, in the order of the index; None for another program's json."""
+    if not isinstance(described, dict) or "captions" not in described:
+        return None
+    numbers = [described.get(name) for name in _INFO_FIELDS]
+    return numbers if all(isinstance(n, int | float) for n in numbers) else None  # type: ignore[return-value]
+
+
+def _probe(content: bytes, extension: str, prober: Prober, name: str) -> ClipInfo | Reject:
+    with tempfile.NamedTemporaryFile(suffix=f".{extension.rpartition('.')[2]}") as stream:
+        stream.write(content)
+        stream.flush()
+        return prober.probe(Path(stream.name), name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
