@@ -1,17 +1,49 @@
 """What a clip file holds, read without decoding it whole."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
+from av import time_base as AV_TIME_BASE
+from av.container import InputContainer
 from av.error import FFmpegError
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 
-from wan_dist.data.media import MediaError, Timeline, display_size, is_image, open_media, read_timeline, sample_aspect
+from wan_dist.data.media import (
+    MediaError,
+    Source,
+    Timeline,
+    display_size,
+    is_image,
+    open_media,
+    read_timeline,
+    sample_aspect,
+)
 
 _HDR_TRANSFERS: Final = {16: "PQ", 18: "HLG"}
 """FFmpeg's AVColorTransferCharacteristic numbers of high dynamic range. Source: ITU-T H.273, table 3."""
+
+MIN_SIDE_PX: Final = 16
+MAX_ASPECT: Final = 16
+"""Shown sizes outside these are mistakes of the file, not clips: no bucket comes near them."""
+
+WARNINGS: Final[dict[str, str]] = {
+    "interlaced": "interlaced, so that moving edges show combs; --deinterlace removes them",
+    "alpha": "has transparency, which is laid over black",
+    "missing_tail": "ends before the length in its header; if it was cut off, copy it again",
+    "several_videos": "holds several video streams; the default one is taken, else the largest",
+    "time_gap": "has a hole in its time line; a training frame rate that falls into it leaves the clip out",
+    "static": "nothing moves in it; --drop-static leaves such clips out",
+    "black": "it is black; --drop-black leaves such clips out",
+    "salvaged": "only the whole frames before its damage were kept",
+    "long_caption": "its caption is cut at 512 tokens in training; shorten it",
+    "same_content": "another clip has the same bytes; --drop-duplicates keeps only the first",
+}
+"""What is said about clips that are packed all the same."""
+
+_MISSING_TAIL_S: Final = 0.5
+_TIME_GAP_S: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -26,6 +58,7 @@ class ClipInfo:
         duration_s: seconds, the last frame shown as long as the mean frame; 0 for an image.
         max_gap_s: longest time between two frames, seconds; 0 for an image.
         rotation: counter-clockwise turn that the file asks for, degrees.
+        warnings: keys of `WARNINGS`.
     """
 
     width: int
@@ -35,11 +68,12 @@ class ClipInfo:
     duration_s: float
     max_gap_s: float
     rotation: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A clip that is left out.
+    """A clip that is left out, or that is packed with a warning.
 
     Attributes:
         code: reason code.
@@ -52,7 +86,7 @@ class Reject:
     hint: str
 
 
-def probe_clip(source: Path | bytes, name: str) -> ClipInfo | Reject:
+def probe_clip(source: Source, name: str) -> ClipInfo | Reject:
     """Return what the file holds, or why it cannot be used. Never raises on a bad file.
 
     All packets are read (1 to 15 ms per clip) and the first frame is decoded.
@@ -64,6 +98,7 @@ def probe_clip(source: Path | bytes, name: str) -> ClipInfo | Reject:
     try:
         with open_media(source) as (container, video):
             timeline = read_timeline(container, video)
+            warnings = _stream_warnings(container, timeline)
         with open_media(source) as (container, video):
             frame = next(iter(container.decode(video)), None)
             if frame is None:
@@ -72,6 +107,8 @@ def probe_clip(source: Path | bytes, name: str) -> ClipInfo | Reject:
             still = is_image(container)
         _check_frame(frame)
         width, height = display_size(frame.width, frame.height, aspect, frame.rotation)
+        _check_size(width, height)
+        warnings += _frame_warnings(frame)
     except MediaError as error:
         return Reject(error.code, name, error.hint)
     except FileNotFoundError:
@@ -81,7 +118,7 @@ def probe_clip(source: Path | bytes, name: str) -> ClipInfo | Reject:
         return Reject("unreadable", name, f"{error}; check the file and its permissions")
     except (FFmpegError, ValueError) as error:
         return Reject("undecodable", name, f"{error}; export it again")
-    return _describe(width, height, frame.rotation, timeline, still)
+    return _describe(width, height, frame.rotation, timeline, still, warnings)
 
 
 def _check_frame(frame: VideoFrame) -> None:
@@ -94,10 +131,41 @@ def _check_frame(frame: VideoFrame) -> None:
         raise MediaError("hdr", f"{transfer} high dynamic range; tone-map it to BT.709 first")
 
 
-def _describe(width: int, height: int, rotation: int, timeline: Timeline, still: bool) -> ClipInfo:
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE_PX or max(width, height) > MAX_ASPECT * min(width, height):
+        raise MediaError(
+            "bad_frame_size",
+            f"{width}x{height} px as shown; sides from {MIN_SIDE_PX} px and up to {MAX_ASPECT}:1 are allowed; crop it",
+        )
+
+
+def _stream_warnings(container: InputContainer, timeline: Timeline) -> tuple[str, ...]:
+    warnings: tuple[str, ...] = ()
+    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if len(videos) > 1:
+        warnings += ("several_videos",)
+    # Matroska says its length at its head and has no list of frames that a cut could be told from.
+    if "matroska" in container.format.name and container.duration:
+        end_s = float(timeline.pts[-1] * timeline.time_base) - (container.start_time or 0) / AV_TIME_BASE
+        if container.duration / AV_TIME_BASE - end_s > _MISSING_TAIL_S:
+            warnings += ("missing_tail",)
+    return warnings
+
+
+def _frame_warnings(frame: VideoFrame) -> tuple[str, ...]:
+    interlaced = ("interlaced",) if frame.interlaced_frame else ()
+    return interlaced + (("alpha",) if any(c.is_alpha for c in frame.format.components) else ())
+
+
+def _describe(
+    width: int, height: int, rotation: int, timeline: Timeline, still: bool, warnings: tuple[str, ...]
+) -> ClipInfo:
     stamps = timeline.stamps_s
     span_s = float(stamps[-1])
     if still or len(stamps) == 1:
-        return ClipInfo(width, height, 1, 0.0, 0.0, 0.0, rotation)
+        return ClipInfo(width, height, 1, 0.0, 0.0, 0.0, rotation, warnings)
     fps = (len(stamps) - 1) / span_s
-    return ClipInfo(width, height, len(stamps), fps, len(stamps) / fps, float(np.diff(stamps).max()), rotation)
+    max_gap_s = float(np.diff(stamps).max())
+    if max_gap_s > max(_TIME_GAP_S, 2 / fps):
+        warnings += ("time_gap",)
+    return ClipInfo(width, height, len(stamps), fps, len(stamps) / fps, max_gap_s, rotation, warnings)
