@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wan_dist.core.errors import DataError
+from wan_dist.core.errors import DataError, StorageError
 from wan_dist.core.order import Block, SampleOrder
-from wan_dist.core.rng import seed_of, uniform
+from wan_dist.core.rng import seed_of
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.encode import Encoders
 from wan_dist.data.memory_cache import MemoryCache
+from wan_dist.data.samples import draw_sample
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Batch:
         latents: [B, C, f, h, w] fp32, normalised, on the device.
         text_embeds: [B, 512, D] on the device.
         condition: [B, 20, f, h, w] fp32 on the device for i2v-A14B, None for the other variants.
+        loss_weights: [B] fp32 on the device, what each sample's loss is multiplied by; None where all are 1.
     """
 
     keys: tuple[str, ...]
@@ -44,6 +46,7 @@ class Batch:
     latents: Tensor
     text_embeds: Tensor
     condition: Tensor | None
+    loss_weights: Tensor | None = None
 
 
 class _Sample(NamedTuple):
@@ -53,6 +56,7 @@ class _Sample(NamedTuple):
     cache_key: str
     frames: NDArray[np.uint8] | None  # None: its latents are in the cache
     problems: tuple[str, ...]  # of the samples that it replaces
+    loss_weight: float
 
 
 class ClipBatches:
@@ -108,9 +112,10 @@ class ClipBatches:
         self.bad_samples: list[str] = []
 
     def close(self) -> None:
-        """End the reader threads."""
+        """End the reader threads and the decoder's processes."""
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
+        self._dataset.close()
 
     def steps(self, epoch: int, block: int) -> Iterator[tuple[Block, Iterator[Batch]]]:
         """Yield, endlessly from a state, each block with this rank's micro-batches of it, read one block ahead.
@@ -147,6 +152,8 @@ class ClipBatches:
             place = position if attempt == 0 else seed_of(self._seed, "substitute", bucket, position, attempt) % 2**40
             try:
                 sample = self._read_exactly(bucket, position, place)
+            except StorageError:
+                raise  # the sample is not at fault, and another run would read it
             except DataError as error:
                 problems.append(str(error))
                 logger.warning("replaced an unreadable sample: %s", error)
@@ -158,19 +165,17 @@ class ClipBatches:
         )
 
     def _read_exactly(self, bucket: int, position: int, place: int) -> _Sample:
-        def draw(purpose: str) -> float:
-            return uniform(self._seed, purpose, bucket, position)
-
-        ref = self._order.at(bucket, place)
-        clip = self._dataset.locate(
-            bucket, ref.shard, ref.index, choice=draw("frames"), crop_xy=(draw("crop_x"), draw("crop_y"))
+        clip, prompt = draw_sample(
+            self._dataset,
+            self._order.at(bucket, place),
+            bucket=bucket,
+            position=position,
+            seed=self._seed,
+            caption_dropout=self._caption_dropout,
         )
-        prompt = clip.captions[int(draw("caption") * len(clip.captions))]
-        if draw("caption_dropout") < self._caption_dropout:
-            prompt = ""
         known = self._latents_cache.get(clip.cache_key) is not None
         frames = None if known else self._dataset.frames(clip)
-        return _Sample(position, clip.key, prompt, clip.cache_key, frames, ())
+        return _Sample(position, clip.key, prompt, clip.cache_key, frames, (), self._dataset.loss_weight(clip.shard))
 
     def _batches(self, block: Block, futures: Sequence[Future[_Sample]]) -> Iterator[Batch]:
         for start in range(0, len(futures), self._micro):
@@ -186,7 +191,16 @@ class ClipBatches:
                 latents=encoded[:, :num_channels],
                 text_embeds=torch.stack([self._text(s.prompt) for s in samples]),
                 condition=encoded[:, num_channels:] if self._with_condition else None,
+                loss_weights=self._loss_weights(block, samples),
             )
+
+    def _loss_weights(self, block: Block, samples: Sequence[_Sample]) -> Tensor | None:
+        """Return what each sample weighs, [B]; None where all weigh 1."""
+        num_real = self._order.block_size - block.num_padding
+        # The mean over a padded block is then the mean over its real samples, on any number of ranks.
+        scale = self._order.block_size / num_real
+        weights = [s.loss_weight * scale if s.position < block.first + num_real else 0.0 for s in samples]
+        return None if set(weights) == {1.0} else torch.tensor(weights, device=self._encoders.device)
 
     def _count(self, samples: Sequence[_Sample]) -> None:
         # Counted here and not by the reader threads: the sums depend on the samples used and on no timing.

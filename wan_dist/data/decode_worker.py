@@ -74,7 +74,8 @@ class _Pool:
     def __init__(self, timeout_s: float, memory_bytes: int, module: str) -> None:
         self._limits = timeout_s, memory_bytes, module
         self._idle: list[_Process] = []
-        self._all: list[_Process] = []
+        self._busy: list[_Process] = []
+        self._closed = False
         self._fatal: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -84,12 +85,11 @@ class _Pool:
         process = self._take()
         try:
             frames = process.decode(source, bucket, name, options)
-            if isinstance(frames, str):
+            if isinstance(frames, str) and not self._closed:
                 # Once more before blaming the clip: the process may have been killed for another's memory.
                 frames = process.decode(source, bucket, name, options)
         finally:
-            with self._lock:
-                self._idle.append(process)
+            self._give_back(process)
         if isinstance(frames, str):
             # Not tried again in the next epoch: a hang would cost its time limit each time.
             self._fatal[name] = f"{name}: cannot be decoded: {frames}, twice; transcode it"
@@ -98,15 +98,28 @@ class _Pool:
 
     def close(self) -> None:
         with self._lock:
-            for process in self._all:
+            self._closed = True
+            for process in self._idle:
                 process.close()
+            self._idle.clear()
+            for process in self._busy:
+                process.kill()
 
     def _take(self) -> "_Process":
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            self._all.append(_Process(*self._limits))
-            return self._all[-1]
+            if self._closed:
+                raise DataError("decoding has ended")
+            process = self._idle.pop() if self._idle else _Process(*self._limits)
+            self._busy.append(process)
+            return process
+
+    def _give_back(self, process: "_Process") -> None:
+        with self._lock:
+            self._busy.remove(process)
+            if self._closed:
+                process.close()
+            else:
+                self._idle.append(process)
 
 
 class _Process:
@@ -138,8 +151,13 @@ class _Process:
         with mmap.mmap(self._out.fileno(), num_bytes, prot=mmap.PROT_READ) as view:
             return np.frombuffer(view, np.uint8).reshape(shape).copy()
 
+    def kill(self) -> None:
+        self._worker.kill()
+
     def close(self) -> None:
         self._worker.close()
+        self._in.close()
+        self._out.close()
 
 
 def _shared_file(name: str) -> Any:

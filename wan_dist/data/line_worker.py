@@ -66,6 +66,11 @@ class LineWorker:
             else:
                 return CRASHED
 
+    def kill(self) -> None:
+        """End the process while another thread waits for its answer, which then is `CRASHED`."""
+        if process := self._process:
+            process.kill()
+
     def close(self) -> None:
         """End the process."""
         self._unread = b""

@@ -44,7 +44,7 @@ class Objective:
         return torch.stack(samples).to(batch.latents.device)
 
     def loss(self, transformer: Any, batch: Batch) -> Tensor:
-        """Return the mean squared error of the predicted velocity, a scalar in fp32."""
+        """Return the mean squared error of the predicted velocity, weighted by sample where weights are given, fp32."""
         sigma, noise = self.draw_sigma(batch), self.draw_noise(batch)
         noisy_latents = flow_matching.add_noise(batch.latents, noise, sigma)
         predicted = predict_velocity(
@@ -54,4 +54,8 @@ class Objective:
             batch.text_embeds.to(self.dtype),
             None if batch.condition is None else batch.condition.to(self.dtype),
         )
-        return F.mse_loss(predicted.float(), flow_matching.velocity(batch.latents, noise))
+        target = flow_matching.velocity(batch.latents, noise)
+        if batch.loss_weights is None:
+            return F.mse_loss(predicted.float(), target)
+        squared = F.mse_loss(predicted.float(), target, reduction="none")
+        return (squared.flatten(1).mean(1) * batch.loss_weights).mean()

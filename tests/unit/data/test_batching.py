@@ -1,6 +1,7 @@
 """From shards to batches with a real tiny pipeline: same samples for any number of ranks, damage, caches, resume."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -252,8 +253,10 @@ def test_a_bucket_without_a_readable_clip_is_said_at_once(shards: Path, encoders
     folder = tmp_path / "all-damaged"
     shutil.copytree(shards, folder)
     tar = open_shards(folder).tar_path(0)
-    size = tar.stat().st_size
-    tar.write_bytes(bytes(size))
+    before = tar.stat()
+    tar.write_bytes(bytes(before.st_size))
+    # A disk that fails does not change the time; a newer shard would be refused as a replaced one.
+    os.utime(tar, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(DataError, match="8 samples in a row could not be read; check the shards"):
         read(open_batches(folder, encoders), 1)
 
