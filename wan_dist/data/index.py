@@ -55,6 +55,16 @@ class ShardEntry(_Strict):
     index_sha256: str
 
 
+class ConceptEntry(_Strict):
+    """One concept of a OneTrainer-style source: how its author wants it weighed. `num_clips` counts listed files."""
+
+    name: str
+    kind: str
+    repeats: float
+    loss_weight: float
+    num_clips: int = Field(ge=0)
+
+
 class Manifest(_Strict):
     """What a folder of shards holds. `digest` covers every byte of shards and indexes."""
 
@@ -65,6 +75,8 @@ class Manifest(_Strict):
     num_clips: int
     num_bytes: int
     rejects: dict[str, int]
+    warnings: dict[str, int] = {}
+    concepts: tuple[ConceptEntry, ...] = Field(default=(), strict=False)
     shards: tuple[ShardEntry, ...] = Field(strict=False)
 
 

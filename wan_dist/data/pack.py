@@ -1,33 +1,31 @@
 """Pack clips into shards: parallel, resumable after a kill, byte-identical for any number of workers."""
 
-import json
+import importlib.util
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from io import BytesIO
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import Final
 
-from wan_dist.core.errors import DataError
-from wan_dist.data.index import MANIFEST_NAME, Manifest, ShardEntry, encode_index, shards_digest
-from wan_dist.data.pack_state import (
-    JOURNAL_NAME,
-    REJECTS_NAME,
-    DoneShard,
-    locked,
-    read_journal,
-    settle_plan,
-)
-from wan_dist.data.plan import PackPlan, PlannedClip, plan_pack, shard_stem
-from wan_dist.data.probe import ClipInfo, Reject
-from wan_dist.data.probe_worker import Prober
-from wan_dist.data.shard_format import Member, ShardWriter, remove_leftovers, write_file, write_shard
-from wan_dist.data.sources import Listing, list_sources
+from wan_dist.core.errors import ConfigError
+from wan_dist.data.index import MANIFEST_NAME
+from wan_dist.data.pack_finish import finish
+from wan_dist.data.pack_local import run_local
+from wan_dist.data.pack_ray import run_ray
+from wan_dist.data.pack_rules import ClipRules
+from wan_dist.data.pack_shard import ShardTask
+from wan_dist.data.pack_state import JOURNAL_NAME, DoneShard, locked, read_journal, settle_plan
+from wan_dist.data.plan import plan_pack
+from wan_dist.data.same_content import drop_same_content
+from wan_dist.data.shard_format import remove_leftovers
+from wan_dist.data.sources import list_sources
+
+Executor = Callable[[Sequence[ShardTask], int, Callable[[int, list[str]], None]], Iterator[DoneShard]]
+
+EXECUTORS: Final[dict[str, Executor]] = {"local": run_local, "ray": run_ray}
+"""Where shards can be written. None of them changes a byte."""
 
 
 @dataclass
@@ -50,6 +48,7 @@ class PackResult:
         num_shards: shards.
         num_bytes: size of all shards, bytes.
         rejects: clips left out and caption rows without a clip, by reason code.
+        warnings: clips that were packed and are worth a look, by reason code.
         resumed_shards: shards that an earlier run had finished.
         digest: the manifest's digest.
     """
@@ -58,40 +57,56 @@ class PackResult:
     num_shards: int
     num_bytes: int
     rejects: dict[str, int]
+    warnings: dict[str, int]
     resumed_shards: int
     digest: str
 
 
 def pack_clips(
-    source_dir: Path,
+    source: Path,
     out_dir: Path,
     *,
     captions_path: Path | None = None,
+    source_format: str = "auto",
+    rules: ClipRules | None = None,
+    drop_duplicates: bool = False,
+    tokenizer_path: Path | None = None,
+    executor: str = "local",
     num_workers: int = 1,
     shard_bytes: int = 1_000_000_000,
     shard_clips: int = 10_000,
     restart: bool = False,
     progress: Callable[[PackProgress], None] = lambda _: None,
 ) -> PackResult:
-    """Pack the clips of a folder into shards with index and manifest; return what was made.
+    """Pack the clips of a source into shards with index and manifest; return what was made.
 
     A run that was killed is continued by the same call: shards in the journal are kept. The manifest comes last, so a
     folder without one is unfinished.
 
     Args:
-        source_dir: folder of clips, with captions beside them unless `captions_path` is given.
+        source: folder of clips, with captions beside them unless `captions_path` is given; or as for `list_sources`.
         out_dir: folder for the shards; made if missing.
-        captions_path: JSON lines file of captions.
-        num_workers: shards written at the same time, each with a probing process of its own.
-        shard_bytes: size at which a shard is full, bytes.
-        shard_clips: number of clips at which a shard is full.
+        captions_path: table of captions.
+        source_format: how clips and captions are kept, see `list_sources`.
+        rules: how clips are checked, cut and filtered; None only checks them.
+        drop_duplicates: leave out clips whose bytes an earlier clip has already.
+        tokenizer_path: `tokenizer.json` or a folder with one, which counts the tokens of captions; None estimates.
+        executor: a key of `EXECUTORS`.
+        num_workers: shards written at the same time, each with a checking process of its own.
+        shard_bytes: size at which a shard is full, bytes of source files.
+        shard_clips: number of source files at which a shard is full.
         restart: throw away what `out_dir` holds of an earlier, different pack.
         progress: called after every clip, from several threads but never at once.
     Raises:
         DataError: nothing to pack, all clips rejected, or `out_dir` holds or is being written something else.
+        ConfigError: an option cannot be followed here.
     """
-    listing = list_sources(source_dir, captions_path)
-    plan = plan_pack(listing.sources, shard_bytes, shard_clips)
+    rules = rules or ClipRules()
+    _check_options(rules, executor)
+    listing = list_sources(source, captions_path, source_format)
+    if drop_duplicates:
+        listing = drop_same_content(listing)
+    plan = plan_pack(listing.sources, shard_bytes, shard_clips, rules)
     out_dir.mkdir(parents=True, exist_ok=True)
     with locked(out_dir):
         remove_leftovers(out_dir)
@@ -106,11 +121,29 @@ def pack_clips(
             state.done_bytes += sum(c.source.num_bytes for c in plan.shards[shard.number])
             state.rejects.update(r.code for r in shard.rejects)
         progress(state)
-        _write_missing(source_dir, out_dir, plan, done, num_workers, _Reporter(state, progress))
-        manifest = _finish(out_dir, plan, listing, [done[n] for n in range(len(plan.shards))])
+        tasks = [
+            ShardTask(listing.root, out_dir, number, clips, rules)
+            for number, clips in enumerate(plan.shards)
+            if number not in done
+        ]
+        _write_missing(tasks, EXECUTORS[executor], num_workers, done, _Reporter(state, progress))
+        manifest = finish(out_dir, plan, listing, [done[n] for n in range(len(plan.shards))], tokenizer_path)
     return PackResult(
-        manifest.num_clips, len(manifest.shards), manifest.num_bytes, manifest.rejects, resumed, manifest.digest
+        manifest.num_clips,
+        len(manifest.shards),
+        manifest.num_bytes,
+        manifest.rejects,
+        manifest.warnings,
+        resumed,
+        manifest.digest,
     )
+
+
+def _check_options(rules: ClipRules, executor: str) -> None:
+    if executor not in EXECUTORS:
+        raise ConfigError(f"--executor {executor} is not known; use one of {', '.join(EXECUTORS)}.")
+    if rules.scene_split and importlib.util.find_spec("scenedetect") is None:
+        raise ConfigError("--scene-split needs PySceneDetect, which is not installed: pip install 'wan_dist[scenes]'.")
 
 
 class _Reporter:
@@ -121,136 +154,23 @@ class _Reporter:
         self._callback = callback
         self._lock = threading.Lock()
 
-    def clip_done(self, num_bytes: int, reject: Reject | None) -> None:
+    def clip_done(self, num_bytes: int, codes: list[str]) -> None:
         with self._lock:
             self._state.done_clips += 1
             self._state.done_bytes += num_bytes
-            if reject is not None:
-                self._state.rejects[reject.code] += 1
+            self._state.rejects.update(codes)
             self._callback(self._state)
 
 
 def _write_missing(
-    source_dir: Path, out_dir: Path, plan: PackPlan, done: dict[int, DoneShard], num_workers: int, report: _Reporter
+    tasks: list[ShardTask], execute: Executor, num_workers: int, done: dict[int, DoneShard], report: _Reporter
 ) -> None:
-    """Write the shards that are not in `done`, and add them to it and to the journal.
-
-    Threads write and hash (both without the interpreter lock); what can crash, FFmpeg, runs in a process per thread.
-    """
-    missing = [number for number in range(len(plan.shards)) if number not in done]
-    stopping = threading.Event()
-
-    def write(number: int) -> DoneShard:
-        prober = idle.get()
-        try:
-            return _write_shard(source_dir, out_dir, number, plan.shards[number], prober, report, stopping)
-        finally:
-            idle.put(prober)
-
-    with ExitStack() as stack:
-        idle: SimpleQueue[Prober] = SimpleQueue()
-        for _ in range(num_workers):
-            idle.put(stack.enter_context(Prober()))
-        journal = stack.enter_context((out_dir / JOURNAL_NAME).open("a"))
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers, "pack"))
-        try:
-            for future in as_completed([pool.submit(write, number) for number in missing]):
-                shard = future.result()
-                journal.write(shard.to_json())
-                journal.flush()
-                os.fsync(journal.fileno())
-                done[shard.number] = shard
-        except BaseException:
-            stopping.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _write_shard(
-    source_dir: Path,
-    out_dir: Path,
-    number: int,
-    clips: tuple[PlannedClip, ...],
-    prober: Prober,
-    report: _Reporter,
-    stopping: threading.Event,
-) -> DoneShard:
-    """Write one shard and its index."""
-    stem = shard_stem(number)
-    rows: list[tuple[Any, ...]] = []
-    rejects: list[Reject] = []
-    with write_shard(out_dir / f"{stem}.tar") as (writer, written):
-        for clip in clips:
-            if stopping.is_set():
-                raise DataError("packing was stopped")
-            info = prober.probe(source_dir / clip.source.path, clip.source.path)
-            if isinstance(info, Reject):
-                rejects.append(info)
-            else:
-                rows.append(_add_sample(writer, source_dir, clip, info))
-            report.clip_done(clip.source.num_bytes, info if isinstance(info, Reject) else None)
-    tar = written[0]
-    index = write_file(out_dir / f"{stem}.idx.npy", encode_index(rows))
-    entry = ShardEntry(
-        name=f"{stem}.tar",
-        num_clips=len(rows),
-        num_bytes=tar.num_bytes,
-        sha256=tar.sha256,
-        index_name=f"{stem}.idx.npy",
-        index_bytes=index.num_bytes,
-        index_sha256=index.sha256,
-    )
-    return DoneShard(number, entry, tuple(rejects))
-
-
-def _add_sample(writer: ShardWriter, source_dir: Path, clip: PlannedClip, info: ClipInfo) -> tuple[Any, ...]:
-    """Append a clip's members to a shard; return its index row."""
-    extension = clip.source.path.rpartition(".")[2].lower()
-    described = {"path": clip.source.path, "captions": clip.source.captions, **asdict(info)}
-    texts = (json.dumps(described, ensure_ascii=False).encode(), clip.source.captions[0].encode())
-    members = [
-        writer.add(f"{clip.key}.{suffix}", len(text), BytesIO(text))
-        for suffix, text in zip(("json", "txt"), texts, strict=True)
-    ]
-    members.append(_add_file(writer, f"{clip.key}.{extension}", source_dir / clip.source.path, clip.source.num_bytes))
-    places = [value for m in members for value in (m.offset, m.size, m.crc32)]
-    numbers = (info.width, info.height, info.num_frames, info.fps, info.duration_s, info.max_gap_s)
-    return (clip.key.encode(), extension.encode(), *places, *numbers)
-
-
-def _add_file(writer: ShardWriter, name: str, path: Path, num_bytes: int) -> Member:
-    try:
-        with path.open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size == num_bytes:
-                return writer.add(name, num_bytes, stream)
-    except FileNotFoundError:
-        pass
-    raise DataError(f"{path}: changed while it was packed; run again with --restart once the folder is at rest.")
-
-
-def _finish(out_dir: Path, plan: PackPlan, listing: Listing, shards: list[DoneShard]) -> Manifest:
-    """Write rejects, the journal in order of shards, and last the manifest."""
-    rejects = [*listing.rejects, *(r for shard in shards for r in shard.rejects)]
-    lines = (json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in sorted(rejects, key=lambda r: (r.path, r.code)))
-    write_file(out_dir / REJECTS_NAME, "".join(lines).encode())
-    by_code = dict(sorted(Counter(r.code for r in rejects).items()))
-    entries = tuple(shard.entry for shard in shards)
-    num_clips = sum(e.num_clips for e in entries)
-    if not num_clips:
-        reasons = ", ".join(f"{count} {code}" for code, count in by_code.items())
-        first = rejects[0]
-        raise DataError(
-            f"{out_dir}: every clip was rejected ({reasons}), so there is nothing to train on. First: {first.path}: "
-            f"{first.hint}. All are in {out_dir / REJECTS_NAME}."
-        )
-    write_file(out_dir / JOURNAL_NAME, "".join(shard.to_json() for shard in shards).encode())
-    manifest = Manifest(
-        digest=shards_digest(entries),
-        plan_digest=plan.digest,
-        num_clips=num_clips,
-        num_bytes=sum(e.num_bytes for e in entries),
-        rejects=by_code,
-        shards=entries,
-    )
-    write_file(out_dir / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
-    return manifest
+    """Write the shards that are not in `done`, and add them to it and to the journal."""
+    if not tasks:
+        return
+    with (tasks[0].out_dir / JOURNAL_NAME).open("a") as journal:
+        for shard in execute(tasks, num_workers, report.clip_done):
+            journal.write(shard.to_json())
+            journal.flush()
+            os.fsync(journal.fileno())
+            done[shard.number] = shard

@@ -17,6 +17,7 @@ from wan_dist.data.shard_format import write_file
 PLAN_NAME: Final = "plan.json"
 JOURNAL_NAME: Final = "journal.jsonl"
 REJECTS_NAME: Final = "rejects.jsonl"
+WARNINGS_NAME: Final = "warnings.jsonl"
 LOCK_NAME: Final = ".pack.lock"
 
 
@@ -28,22 +29,27 @@ class DoneShard:
         number: shard number.
         entry: what the manifest will say about it.
         rejects: planned clips that were left out.
+        warnings: planned clips that were packed and are worth a look.
     """
 
     number: int
     entry: ShardEntry
     rejects: tuple[Reject, ...]
+    warnings: tuple[Reject, ...] = ()
 
     def to_json(self) -> str:
         """Return the line, with its end."""
-        rejects = [asdict(r) for r in self.rejects]
-        return json.dumps({"shard": self.number, "entry": self.entry.model_dump(), "rejects": rejects}) + "\n"
+        row: dict[str, Any] = {"shard": self.number, "entry": self.entry.model_dump()}
+        row["rejects"] = [asdict(r) for r in self.rejects]
+        row["warnings"] = [asdict(r) for r in self.warnings]
+        return json.dumps(row) + "\n"
 
     @classmethod
     def from_json(cls, line: str) -> Self:
         """Return the shard of a line; raise ValueError, TypeError or KeyError if the line is broken."""
         row = json.loads(line)
-        return cls(row["shard"], ShardEntry(**row["entry"]), tuple(Reject(**r) for r in row["rejects"]))
+        rejects, warnings = (tuple(Reject(**r) for r in row[name]) for name in ("rejects", "warnings"))
+        return cls(row["shard"], ShardEntry(**row["entry"]), rejects, warnings)
 
 
 @contextmanager
@@ -76,7 +82,8 @@ def settle_plan(out_dir: Path, plan: PackPlan, restart: bool) -> None:
     if old is None and any(out_dir.glob("*.tar")):
         raise DataError(f"{out_dir}: holds .tar files that `wan-data pack` did not write; choose an empty folder.")
     # The manifest goes first, so that a kill in between leaves no folder that looks whole.
-    for pattern in (MANIFEST_NAME, JOURNAL_NAME, REJECTS_NAME, f"{SHARD_NAME}-*.tar", f"{SHARD_NAME}-*.idx.npy"):
+    reports = (MANIFEST_NAME, JOURNAL_NAME, REJECTS_NAME, WARNINGS_NAME)
+    for pattern in (*reports, f"{SHARD_NAME}-*.tar", f"{SHARD_NAME}-*.idx.npy"):
         for stale in out_dir.glob(pattern):
             stale.unlink()
     write_file(path, json.dumps(plan.record(), indent=1).encode() + b"\n")

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import astuple, dataclass
+from typing import Any, Final
 
+from wan_dist.data.pack_rules import ClipRules
 from wan_dist.data.shard_format import sample_keys
-from wan_dist.data.sources import Source
+from wan_dist.data.source_files import Source
 
-PLAN_VERSION: Final = 1
+PLAN_VERSION: Final = 2
 SHARD_NAME: Final = "data"
 
 
@@ -27,12 +28,12 @@ class PackPlan:
 
     Attributes:
         shards: the clips of each shard. Clips that turn out unreadable leave their shard smaller and move no other.
-        options: what the user chose about the shards.
+        options: what the user chose about shards and clips.
         digest: SHA-256 of options, paths, sizes, times of change and captions.
     """
 
     shards: tuple[tuple[PlannedClip, ...], ...]
-    options: dict[str, int]
+    options: dict[str, Any]
     digest: str
 
     @property
@@ -62,22 +63,22 @@ def shard_stem(shard: int) -> str:
     return f"{SHARD_NAME}-{shard:06d}"
 
 
-def plan_pack(sources: tuple[Source, ...], shard_bytes: int, shard_clips: int) -> PackPlan:
+def plan_pack(
+    sources: tuple[Source, ...], shard_bytes: int, shard_clips: int, rules: ClipRules | None = None
+) -> PackPlan:
     """Return the plan for `sources`.
 
     Args:
         sources: in the order in which they are packed.
         shard_bytes: a shard is full once its clips have this many bytes.
         shard_clips: a shard is full once it has this many clips.
+        rules: what is done to every clip; None only copies.
     """
-    keys = sample_keys(source.path for source in sources)
+    rules = rules or ClipRules()
+    keys = sample_keys((source.path for source in sources), with_pieces=rules.splits)
     clips = [PlannedClip(keys[source.path], source) for source in sources]
-    options = {"shard_bytes": shard_bytes, "shard_clips": shard_clips}
-    content = [
-        PLAN_VERSION,
-        options,
-        [[c.key, s.path, s.num_bytes, s.mtime_ns, s.captions] for c in clips for s in [c.source]],
-    ]
+    options = {"shard_bytes": shard_bytes, "shard_clips": shard_clips, **rules.record()}
+    content = [PLAN_VERSION, options, [[clip.key, *astuple(clip.source)] for clip in clips]]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return PackPlan(tuple(_full_shards(clips, shard_bytes, shard_clips)), options, digest)
 

@@ -53,13 +53,13 @@ def test_bad_sidecars_are_reported(tmp_path: Path) -> None:
             "broken.json": "{",
             "list.json": "[1]",
             "deep.json": "[" * 100_000,
-            "clip.ts": b"1",
+            "clip.mpg": b"1",
         },
     )
     assert rejected(folder) == {
         "none.mp4": "no_caption",
         **{f"{n}.mp4": "bad_caption" for n in ("empty", "latin", "nul", "broken", "list", "deep")},
-        "clip.ts": "unknown_container",
+        "clip.mpg": "unknown_container",
     }
 
 

@@ -1,0 +1,98 @@
+"""What every kind of source is listed as, and the clips in a folder."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from wan_dist.data.index import ConceptEntry
+from wan_dist.data.probe import Reject
+
+CLIP_EXTENSIONS: Final = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "ts", "mts", "m2ts", "png", "jpg", "jpeg")
+"""Files with these extensions are clips. Images are clips of one frame."""
+
+FOREIGN_EXTENSIONS: Final = ("mpg", "mpeg", "flv", "wmv", "gif", "webp")
+"""Videos and images that are not accepted, and are reported so that nobody wonders where they went."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One clip with its captions.
+
+    Attributes:
+        path: unique name with `/`; where `file` is empty, also the path relative to the source folder.
+        num_bytes: size of the clip, bytes.
+        mtime_ns: time of its file's last change, nanoseconds.
+        captions: at least one, none empty.
+        file: file that holds the clip, relative to the source folder or absolute.
+        offset: where the clip starts in that file, bytes; 0 where it is the file.
+        concept: name of the concept that it belongs to, or empty.
+    """
+
+    path: str
+    num_bytes: int
+    mtime_ns: int
+    captions: tuple[str, ...]
+    file: str = ""
+    offset: int = 0
+    concept: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds.
+
+    Attributes:
+        sources: clips in order of their paths.
+        rejects: what is left out already.
+        root: folder that paths are relative to.
+        concepts: concepts, where the source has them.
+    """
+
+    sources: tuple[Source, ...]
+    rejects: tuple[Reject, ...]
+    root: Path
+    concepts: tuple[ConceptEntry, ...] = ()
+
+
+def walk_clips(folder: Path, subfolders: bool = True) -> tuple[list[str], list[Reject]]:
+    """Return all clips, sorted, and files that a user could take for clips. Links to folders are not followed.
+
+    Args:
+        folder: where to look; returned paths are relative to it, with `/`.
+        subfolders: look in folders inside it too; those whose names start with a dot never count.
+    """
+    files: list[str] = []
+    rejects: list[Reject] = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if subfolders else []
+        for name in names:
+            path = (Path(root) / name).relative_to(folder).as_posix()
+            extension = name.rpartition(".")[2].lower()
+            if name.startswith(".") or extension not in CLIP_EXTENSIONS + FOREIGN_EXTENSIONS:
+                continue
+            if extension in FOREIGN_EXTENSIONS:
+                rejects.append(Reject("unknown_container", path, f".{extension} is not read; transcode to mp4"))
+            elif not is_utf8(path):
+                rejects.append(Reject("bad_name", repr(path), "the file name is not UTF-8; rename it"))
+            else:
+                files.append(path)
+    return sorted(files), rejects
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8; names of files that are not hold surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def file_source(file: Path, path: str, captions: tuple[str, ...]) -> Source | Reject:
+    """Return the source of a file of its own, or why it cannot be read."""
+    try:
+        stat = file.stat()
+    except OSError as error:
+        return Reject("unreadable", path, f"{error.strerror}; check the file or the link")
+    return Source(path, stat.st_size, stat.st_mtime_ns, captions)

@@ -1,0 +1,113 @@
+"""Clips in existing WebDataset tars, such as video2dataset writes. Bytes stay where they are until they are packed."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from wan_dist.data.captions import parse_sidecar
+from wan_dist.data.probe import Reject
+from wan_dist.data.source_files import CLIP_EXTENSIONS, FOREIGN_EXTENSIONS, Listing, Source, is_utf8
+
+
+def list_tars(folder: Path, tars: list[Path]) -> Listing:
+    """Return the clips in `tars`. Captions are their `.json` members (as in sidecar files) or else `.txt`.
+
+    Members of a sample share the name up to the first dot and follow each other, as for `webdataset`.
+
+    Args:
+        folder: folder that the names of clips are relative to.
+        tars: uncompressed tar files in it.
+    """
+    sources: list[Source] = []
+    rejects: list[Reject] = []
+    for tar in sorted(tars):
+        name = tar.relative_to(folder).as_posix()
+        try:
+            for found in _samples(tar, name):
+                rejects.append(found) if isinstance(found, Reject) else sources.append(found)
+        except (tarfile.TarError, OSError) as error:
+            hint = f"{error}; what comes before is used; copy the tar again (.tar.gz must be unpacked first)"
+            rejects.append(Reject("bad_tar", name, hint))
+    repeated = {path for path, count in _counts(sources).items() if count > 1}
+    rejects += [Reject("repeated_key", path, "the tar holds this name twice; rename one") for path in sorted(repeated)]
+    return Listing(tuple(s for s in sources if s.path not in repeated), tuple(rejects), folder)
+
+
+def _counts(sources: list[Source]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for source in sources:
+        counts[source.path] = counts.get(source.path, 0) + 1
+    return counts
+
+
+def _samples(tar: Path, name: str) -> Iterator[Source | Reject]:
+    stat = tar.stat()
+    with tarfile.open(tar, "r:") as archive:
+        members: list[tarfile.TarInfo] = []
+        while (member := archive.next()) is not None:
+            if member.offset_data + member.size > stat.st_size:
+                raise CutTarError(f"{member.name} is cut off")
+            if not member.isreg() or member.name.rpartition("/")[2].startswith(("__", ".")):
+                continue
+            if members and _key(member) != _key(members[0]):
+                yield from _sample(archive, members, name, stat.st_mtime_ns)
+                members = []
+            members.append(member)
+        if members:
+            yield from _sample(archive, members, name, stat.st_mtime_ns)
+        if archive.offset + 2 * tarfile.BLOCKSIZE > stat.st_size:
+            raise CutTarError("has no end mark; it may be cut off")
+
+
+class CutTarError(tarfile.TarError):
+    """The tar is shorter than it says."""
+
+
+def _sample(
+    archive: tarfile.TarFile, members: list[tarfile.TarInfo], name: str, mtime_ns: int
+) -> Iterator[Source | Reject]:
+    """Yield the clip of a group of members, if it has any."""
+    media = [m for m in members if _extension(m) in CLIP_EXTENSIONS + FOREIGN_EXTENSIONS]
+    if not media:
+        return
+    clip = media[0]
+    path = f"{name}/{clip.name}"
+    if not is_utf8(path):
+        yield Reject("bad_name", repr(path), "the member's name is not UTF-8; rename it")
+    elif len(media) > 1:
+        yield Reject(
+            "several_clips", path, f"{len(media)} clips share the key {_key(clip)}; names end at their first dot"
+        )
+    elif _extension(clip) in FOREIGN_EXTENSIONS:
+        yield Reject("unknown_container", path, f".{_extension(clip)} is not read; transcode to mp4")
+    else:
+        captions = _captions(archive, members, path)
+        if isinstance(captions, Reject):
+            yield captions
+        else:
+            yield Source(path, clip.size, mtime_ns, captions, name, clip.offset_data)
+
+
+def _captions(archive: tarfile.TarFile, members: list[tarfile.TarInfo], path: str) -> tuple[str, ...] | Reject:
+    problem = Reject("no_caption", path, "its sample has neither .json with a caption nor .txt; add one")
+    for suffix in ("json", "txt"):
+        for member in members:
+            content = archive.extractfile(member) if _extension(member) == suffix else None
+            if content is None:
+                continue
+            try:
+                return parse_sidecar(content.read(), suffix == "json")
+            except ValueError as error:
+                # video2dataset's .json often has no caption, or null, where the .txt has one.
+                if problem.code == "no_caption" and "has no caption" not in str(error):
+                    problem = Reject("bad_caption", path, f".{suffix}: {error}")
+    return problem
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    folder, slash, base = member.name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _extension(member: tarfile.TarInfo) -> str:
+    return member.name.rpartition(".")[2].lower()
