@@ -26,7 +26,7 @@ pytestmark = pytest.mark.proof
 PROGRAM = Path(__file__).with_name("sabotaged_train.py")
 CAPTIONS = ("a red circle moves up", "a blue square moves to the left")
 SIZE = {"width": 64, "height": 64, "num_frames": 17}
-NUM_STEPS = 400
+NUM_STEPS = 500
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -76,8 +76,8 @@ def _memorise(lesson, folder: Path, breakage: str) -> dict[tuple[str, str], floa
         run_dir=folder / "run",
         model={"path": str(model), "variant": "ti2v-5B"},
         data={"shards": str(shards), "sizes": [[64, 64]], "num_frames": [17], "fps": 8.0, "caption_dropout": 0.0},
-        optim={"lr": 2e-3, "weight_decay": 0.0, "schedule": "cosine", "warmup_steps": 20},
-        train={"num_steps": NUM_STEPS, "global_batch_size": 16, "micro_batch_size": 8},
+        optim={"lr": 5e-3, "betas": [0.9, 0.99], "weight_decay": 0.0, "schedule": "cosine", "warmup_steps": 30},
+        train={"num_steps": NUM_STEPS, "global_batch_size": 8, "micro_batch_size": 4},
         log={"every": 50},
     )
     command = deepspeed_command(2, ["tests.proofs.sabotaged_train", breakage, str(config)], port=_free_port())
