@@ -92,7 +92,12 @@ def _prepare(source: Source, name: str, rules: ClipRules, work_dir: Path, tick: 
     elif found.fps == 0:
         return _filtered([Piece(piece_suffix(0) if rules.splits else "", found)], name, rules)
     if salvaged or rules.looks_at_frames:
-        seen = examine(source, find_scenes=rules.scene_split, tick=tick)
+        try:
+            seen = examine(source, find_scenes=rules.scene_split, tick=tick)
+        except MediaError:
+            if isinstance(found, Reject):
+                return Prepared((), (found,))  # nothing to salvage
+            raise
         if seen.problem is not None and not rules.salvage:
             raise seen.problem
         salvaged = salvaged or seen.problem is not None

@@ -20,8 +20,9 @@ from av.video.stream import VideoStream
 from wan_dist.data.examine import decode_strictly
 from wan_dist.data.media import MediaError, Source, display_size, open_media, sample_aspect
 
-ENCODER_OPTIONS: Final[dict[str, object]] = {"crf": "17", "preset": "veryfast", "g": "48", "bf": "2"}
-"""Near transparent, fast, with a keyframe at least every 48 frames so that random windows decode little."""
+ENCODER_OPTIONS: Final[dict[str, object]] = {"crf": "18", "preset": "veryfast", "g": "48", "bf": "0"}
+"""Near transparent, fast, with a keyframe at least every 48 frames so that random windows decode little. No B-frames:
+mp4 then needs an edit list, whose length FFmpeg's muxer computes from unknown durations and so cuts the last frame."""
 
 _TURNS: Final = {
     0: (),
@@ -134,11 +135,11 @@ def _shaped(source: Source, cover: tuple[int, int] | None, deinterlace: bool, la
     graph: Graph | None = None
     for frame in decode_strictly(source):
         graph = graph or _graph(frame, time_base, aspect, cover, deinterlace)
-        past = frame.pts is not None and frame.pts > last_pts
         graph.push(frame)
         yield from _drained(graph, time_base)
-        if past:
-            return
+        # Not one frame further: it may be the damaged one.
+        if frame.pts is not None and frame.pts >= last_pts:
+            break
     if graph is not None:
         graph.push(None)
         yield from _drained(graph, time_base)
