@@ -80,7 +80,7 @@ def _memorise(lesson, folder: Path, breakage: str) -> dict[tuple[str, str], floa
         train={"num_steps": NUM_STEPS, "global_batch_size": 8, "micro_batch_size": 4},
         log={"every": 50},
     )
-    command = deepspeed_command(2, ["tests.proofs.sabotaged_train", breakage, str(config)], port=_free_port())
+    command = deepspeed_command(["0", "1"], ["tests.proofs.sabotaged_train", breakage, str(config)], port=_free_port())
     assert run_ranks(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) == 0
     export = folder / "export"
     subprocess.run([sys.executable, "-m", "wan_dist", "consolidate", str(folder / "run"), str(export)], check=True)

@@ -26,33 +26,27 @@ def launch(
     from wan_dist.io.run_folder import mark_failed
     from wan_dist.parallel.ds_config import accumulation_steps
     from wan_dist.parallel.environment import prepare_environment
-    from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks
+    from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks, visible_devices
 
     cfg = load_config(config, overrides or [])
     if not dry_run:
         check_paths(cfg)
     prepare_environment()
-    num_ranks = num_gpus or _visible_gpus()
-    accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, num_ranks)
-    command = deepspeed_command(num_ranks, ["wan_dist", "train", str(config), *(overrides or [])], port=_free_port())
+    devices = visible_devices(num_gpus)
+    accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, len(devices))
+    command = deepspeed_command(devices, ["wan_dist", "train", str(config), *(overrides or [])], port=_free_port())
     if dry_run:
         import shlex
 
         typer.echo(shlex.join(command))
         return
-    env = {"OMP_NUM_THREADS": str(rank_threads(num_ranks)), **os.environ}
+    env = {"OMP_NUM_THREADS": str(rank_threads(len(devices))), **os.environ}
     try:
         status = run_ranks(command, env=env)
     finally:
         # Nothing runs any more: a rank that was killed could not say so itself.
         mark_failed(Path(cfg.run_dir), "the job ended before the run could say why")
     raise typer.Exit(status)
-
-
-def _visible_gpus() -> int:
-    import torch
-
-    return max(torch.cuda.device_count(), 1)
 
 
 def _free_port() -> int:

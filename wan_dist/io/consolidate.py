@@ -70,6 +70,7 @@ def to_diffusers(
     if not (base / trained / "config.json").is_file():
         raise ModelError(f"{base}: the base pipeline of this run is gone; put it back, its other parts are needed.")
     tensors = read_master_weights(checkpoint.folder)
+    out = out.resolve()  # "." has no name to derive another from
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)

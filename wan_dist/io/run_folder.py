@@ -13,6 +13,7 @@ from wan_dist.io.hashing import write_json_atomic, write_text_atomic
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
+METRICS_NAME = "metrics.jsonl"
 _UNDER_WAY = ("starting", "training", "saving")
 _PACKAGES = ("wan_dist", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "webdataset", "av")
 
@@ -51,6 +52,20 @@ def environment(world_size: int) -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "world_size": world_size,
     }
+
+
+def keep_metrics_before(path: Path, step: int) -> None:
+    """Drop the rows of `step` and later, and torn ones, from a metrics file; one that is absent stays so."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # a killed run may leave half a row
+    write_text_atomic(path, "".join(kept))
 
 
 def write_status(run_dir: Path, state: str, **values: Any) -> None:

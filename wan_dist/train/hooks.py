@@ -10,7 +10,7 @@ from typing import Any
 
 from wan_dist.core.errors import TrainingError
 from wan_dist.io import checkpoint as checkpoints
-from wan_dist.io.run_folder import write_status
+from wan_dist.io.run_folder import METRICS_NAME, keep_metrics_before, write_status
 from wan_dist.parallel.dist import Ranks, max_over_ranks, mean_over_ranks
 from wan_dist.train.loop import StepResult, TrainState
 
@@ -34,7 +34,7 @@ class ReportHook:
         grad_norm: Callable[[], float],
         on_step: Callable[[TrainState, float | None], None],
     ) -> None:
-        """Open the files (rank 0 only).
+        """Remember where to report; rank 0 opens the files at the first step.
 
         Args:
             run_dir: the run folder.
@@ -48,14 +48,14 @@ class ReportHook:
         self._run_dir, self._ranks, self._every, self._num_steps = run_dir, ranks, every, num_steps
         self._grad_norm, self._on_step = grad_norm, on_step
         self._pending: list[StepResult] = []
+        self._tensorboard = tensorboard
         self._writer: Any = None
-        if tensorboard and ranks.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run_dir))
+        self._opened = not ranks.is_main
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Collect, and report when due."""
+        if not self._opened:
+            self._open(state.step)
         self._pending.append(result)
         mean_loss = None
         if state.step % self._every == 0 or state.step == self._num_steps:
@@ -67,6 +67,15 @@ class ReportHook:
         """Flush and close the TensorBoard events."""
         if self._writer:
             self._writer.close()
+
+    def _open(self, first_step: int) -> None:
+        """Forget what a run reported from `first_step` on before it was killed: those steps are done again."""
+        self._opened = True
+        keep_metrics_before(self._run_dir / METRICS_NAME, first_step)
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._run_dir), purge_step=first_step)
 
     def _report(self, state: TrainState) -> float:
         pending, self._pending = self._pending, []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wan_dist.core.errors import CheckpointError
-from wan_dist.io.run_folder import describe_run, mark_failed, read_status, write_status
+from wan_dist.io.run_folder import describe_run, keep_metrics_before, mark_failed, read_status, write_status
 
 
 def gone_pid() -> int:
@@ -67,3 +67,12 @@ def test_what_ended_or_runs_elsewhere_is_not_marked(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps({**status, "pid": os.getppid()}))
     mark_failed(tmp_path, "of another job")
     assert read_status(tmp_path)["state"] == "training"
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": ')
+    keep_metrics_before(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    keep_metrics_before(tmp_path / "absent.jsonl", 3)
+    assert not (tmp_path / "absent.jsonl").exists()

@@ -1,3 +1,5 @@
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -6,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.processes import pids_of_job, wait_until
 from wan_dist.core.errors import LaunchError
-from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks
+from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks, visible_devices
 
 RUN_RANKS = "import sys; from wan_dist.parallel.launch import run_ranks; sys.exit(run_ranks(sys.argv[1:]))"
 
@@ -19,10 +22,26 @@ def python(program: str, *arguments: object) -> list[str]:
 
 
 def test_the_command_starts_our_module_on_every_rank() -> None:
-    command = deepspeed_command(2, ["wan_dist", "train", "a.yaml", "train.num_steps=1"], port=1234)
-    assert command[0] == sys.executable
-    assert command[command.index("--num_gpus") + 1] == "2"
+    command = deepspeed_command(["2", "5"], ["wan_dist", "train", "a.yaml", "train.num_steps=1"], port=1234)
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.launch"]
+    encoded = command[3].removeprefix("--world_info=")
+    assert json.loads(base64.urlsafe_b64decode(encoded)) == {"localhost": ["2", "5"]}
     assert command[-5:] == ["--module", "wan_dist", "train", "a.yaml", "train.num_steps=1"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_gpus_the_ranks_are_counted() -> None:
+    assert visible_devices(0) == ["0"]
+    assert visible_devices(2) == ["0", "1"]
+
+
+def test_the_gpus_that_the_environment_shows_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert visible_devices(0) == ["4", "6", "7"]
+    assert visible_devices(2) == ["4", "6"]
+    with pytest.raises(LaunchError, match="4 ranks were asked for, 3 GPUs are visible"):
+        visible_devices(4)
 
 
 def test_ranks_share_the_cores() -> None:
