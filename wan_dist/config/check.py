@@ -7,6 +7,7 @@ from typing import Any
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.errors import ConfigError, DataError, ModelError, WanDistError
+from wan_dist.data.stores import is_remote
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel.ds_config import deepspeed_config
 
@@ -37,15 +38,33 @@ def check_paths(cfg: TrainConfig) -> None:
         DataError: `data.shards` is not a folder of packed shards.
     """
     found: list[WanDistError] = []
-    model_path, shards = Path(cfg.model.path), Path(cfg.data.shards)
+    model_path = Path(cfg.model.path)
     if text := _folder_problem(model_path, "model_index.json"):
         advice = "give the diffusers folder of the pipeline"
         found.append(ModelError(f"model.path = {cfg.model.path}: {text}; {advice}."))
-    if text := _folder_problem(shards, "manifest.json"):
-        advice = f"write it with `wan-data pack CLIPS {cfg.data.shards}`"
-        found.append(DataError(f"data.shards = {cfg.data.shards}: {text}; {advice}."))
+    for key, path in _shard_folders(cfg):
+        if text := _shards_problem(path, cfg.data.source):
+            found.append(DataError(f"{key} = {path}: {text}."))
     if found:
         raise type(found[0])("\n".join(str(error) for error in found))
+
+
+def _shard_folders(cfg: TrainConfig) -> list[tuple[str, str]]:
+    """Return the key and the path of every data set on this machine."""
+    found: list[tuple[str, str]] = []
+    for key, value in (("data.shards", cfg.data.shards), ("data.validation", cfg.data.validation)):
+        if isinstance(value, str):
+            found.append((key, value))
+        else:
+            found += [(f"{key}[{number}].path", dataset.path) for number, dataset in enumerate(value or [])]
+    return [(key, path) for key, path in found if not is_remote(path)]
+
+
+def _shards_problem(path: str, source: str) -> str | None:
+    if source == "stream":
+        return None  # its tars are named one by one, and looked at when the stream is opened
+    text = _folder_problem(Path(path), "manifest.json")
+    return f"{text}; write it with `wan-data pack CLIPS {path}`" if text else None
 
 
 def _folder_problem(folder: Path, marker: str) -> str | None:

@@ -12,6 +12,7 @@ CONFIG_VERSION = 1
 
 VariantName = Literal["ti2v-5B", "t2v-A14B", "i2v-A14B"]
 ExpertName = Literal["high_noise", "low_noise"]
+ShardsName = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -40,10 +41,23 @@ class MethodConfig(Section):
     kind: Literal["full"] = Field(default="full", description="full: every transformer weight.")
 
 
+class DatasetConfig(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(min_length=1, description="Folder or URL of its shards.")
+    weight: float | None = Field(
+        default=None, gt=0, description="Its share of the samples relative to the other weights; null goes by size."
+    )
+    repeats: float = Field(default=1.0, gt=0, description="How often each of its clips comes per epoch.")
+    loss_weight: float = Field(default=1.0, ge=0, description="What the loss of its clips is multiplied by.")
+
+
 class DataConfig(Section):
     """Where clips come from and what the model sees of them."""
 
-    shards: str = Field(min_length=1, description="Folder written by `wan-data pack`.")
+    shards: ShardsName | Annotated[list[DatasetConfig], Field(min_length=1)] = Field(
+        description="Folder or URL (http, https, s3, gs, hf) written by `wan-data pack`, or a list of data sets."
+    )
     sizes: list[tuple[int, int]] = Field(
         min_length=1, description="Spatial buckets as [width_px, height_px]. A clip goes to the nearest aspect ratio."
     )
@@ -51,8 +65,10 @@ class DataConfig(Section):
         min_length=1, description="Temporal buckets, 4n+1 frames. A clip goes to the longest that it fills."
     )
     fps: float = Field(gt=0, description="Frames per second that clips are resampled to.")
-    frame_choice: Literal["head", "center", "random"] = Field(
-        default="head", description="Which part of a clip that is longer than its bucket is used."
+    frame_choice: Literal["head", "center", "random", "chunk", "uniform", "native"] = Field(
+        default="head",
+        description="Which part of a longer clip is used. chunk: one of the parts that lie end to end; uniform: frames "
+        "spread over all of it, at another speed; native: consecutive frames at the clip's own rate, from anywhere.",
     )
     crop: Literal["center", "random"] = Field(
         default="center", description="Which part is kept after the cover-resize."
@@ -61,6 +77,25 @@ class DataConfig(Section):
         default=False, description="Use clips whose frame rate is under 0.9 times `fps` by repeating frames."
     )
     allow_upscale: bool = Field(default=False, description="Use clips that are smaller than their bucket.")
+    validation: ShardsName | Annotated[list[DatasetConfig], Field(min_length=1)] | None = Field(
+        default=None, description="Held-out shards, as `shards`. A clip that is in both is an error."
+    )
+    source: Literal["indexed", "stream"] = Field(
+        default="indexed",
+        description="stream reads tars of other programs from end to end, with looser guarantees (docs/data.md).",
+    )
+    tail: Literal["carry", "pad", "merge", "drop"] = Field(
+        default="carry",
+        description="Clips that do not fill a batch: carry into the next epoch, pad with samples of no weight, "
+        "merge small buckets into the nearest one, or drop.",
+    )
+    decode: Literal["process", "thread"] = Field(
+        default="process", description="process: a clip that crashes the decoder costs one sample, not the run."
+    )
+    cache_dir: str | None = Field(
+        default=None, min_length=1, description="Local folder that keeps parts of remote shards."
+    )
+    cache_gib: float = Field(default=100.0, gt=0, description="Size of `cache_dir`, GiB.")
     caption_dropout: Fraction = Field(default=0.1, description="Share of samples trained on the empty prompt.")
     num_workers: int = Field(default=2, ge=0, description="Threads per rank that read and decode ahead.")
     memory_cache_gib: float = Field(

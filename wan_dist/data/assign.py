@@ -66,7 +66,12 @@ def assign_clips(index: NDArray[Any], rules: ClipRules, num_buckets: int) -> Ass
     fields = index[["width", "height", "num_frames", "fps", "max_gap_s"]]
     # Clips of a data set share few sizes and lengths; the rules are applied once to each.
     kinds, kind_of = np.unique(fields, return_inverse=True)
-    placed = [_place(kind, rules) for kind in kinds]
+    placed = [
+        place_clip(
+            int(k["width"]), int(k["height"]), int(k["num_frames"]), float(k["fps"]), float(k["max_gap_s"]), rules
+        )
+        for k in kinds
+    ]
     drops: Counter[str] = Counter()
     for place, count in zip(placed, np.bincount(kind_of, minlength=len(kinds)), strict=True):
         if isinstance(place, str):
@@ -75,18 +80,20 @@ def assign_clips(index: NDArray[Any], rules: ClipRules, num_buckets: int) -> Ass
     return Assigned(tuple(np.flatnonzero(bucket_of == bucket) for bucket in range(num_buckets)), dict(drops))
 
 
-def time_window(row: np.void, shape: Bucket, rules: ClipRules, choice: float) -> tuple[float, float]:
+def time_window(
+    num_frames: int, source_fps: float, shape: Bucket, rules: ClipRules, choice: float
+) -> tuple[float, float]:
     """Return the frame rate at which a clip is shown, frames per second, and the place of its window in [0, 1).
 
     Args:
-        row: the clip's row of the index.
+        num_frames: frames of the clip.
+        source_fps: its mean frame rate, frames per second; 0 for an image.
         shape: its bucket.
         rules: how clips become samples.
         choice: draw from [0, 1) that places the window in time where that is left to chance.
     """
-    source_fps, mode = float(row["fps"]), rules.frame_choice
-    fps = rules.fps
-    span_s = (int(row["num_frames"]) - 1) / source_fps if source_fps else 0.0
+    fps, mode = rules.fps, rules.frame_choice
+    span_s = (num_frames - 1) / source_fps if source_fps else 0.0
     if source_fps and mode == "native":
         fps = source_fps
     elif source_fps and mode == "uniform" and shape.num_frames > 1:
@@ -111,16 +118,25 @@ def explain_drops(drops: dict[str, int], indexes: Sequence[NDArray[Any]]) -> str
     return f"{reasons}. The clips have {', '.join(ranges)}"
 
 
-def _place(kind: np.void, rules: ClipRules) -> int | str:
-    """Return the bucket of a clip, or a key of `DROP_REASONS`."""
-    source_fps, num_frames = float(kind["fps"]), int(kind["num_frames"])
+def place_clip(
+    width: int, height: int, num_frames: int, source_fps: float, max_gap_s: float, rules: ClipRules
+) -> int | str:
+    """Return the bucket of a clip, or a key of `DROP_REASONS`.
+
+    Args:
+        width: as shown, px.
+        height: as shown, px.
+        num_frames: frames of the clip.
+        source_fps: its mean frame rate, frames per second; 0 for an image.
+        max_gap_s: longest time between two of its frames, seconds.
+        rules: how clips become samples.
+    """
     if rules.frame_choice == "uniform":
         available = num_frames
     else:
         fps = source_fps if rules.frame_choice == "native" else rules.fps
-        problem = timing.timing_problem(source_fps, float(kind["max_gap_s"]), fps, rules.allow_duplicate_frames)
+        problem = timing.timing_problem(source_fps, max_gap_s, fps, rules.allow_duplicate_frames)
         if problem:
             return problem
         available = timing.available_frames(num_frames, source_fps, fps, rules.allow_duplicate_frames)
-    size = int(kind["width"]), int(kind["height"])
-    return assign_bucket(*size, available, rules.sizes, rules.num_frames, rules.allow_upscale)
+    return assign_bucket(width, height, available, rules.sizes, rules.num_frames, rules.allow_upscale)

@@ -170,6 +170,11 @@ class ClipDataset:
         return ", ".join(m.shards.name for m in self._mixed)
 
     @property
+    def shard_sets(self) -> list[ShardSet]:
+        """The opened data sets."""
+        return [m.shards for m in self._mixed]
+
+    @property
     def num_clips(self) -> int:
         """Clips in the shards, used or not."""
         return sum(m.shards.manifest.num_clips for m in self._mixed)
@@ -234,7 +239,7 @@ class ClipDataset:
         number = int(self._rows[shard][bucket][index])
         row = mixed.shards.index(local)[number]
         shape = self.buckets[bucket]
-        fps, choice = time_window(row, shape, self._rules, choice)
+        fps, choice = time_window(int(row["num_frames"]), float(row["fps"]), shape, self._rules, choice)
         crop_xy = crop_xy if self._rules.crop == "random" else _CENTER
         captions = read_captions(mixed.shards.tar(local), row)
         window = crop_window(int(row["width"]), int(row["height"]), shape, crop_xy)

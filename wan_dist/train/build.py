@@ -12,9 +12,6 @@ from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.errors import CheckpointError
 from wan_dist.core.flow_matching import SigmaSampler
-from wan_dist.core.order import SampleOrder
-from wan_dist.data.batching import ClipBatches
-from wan_dist.data.clips import ClipDataset
 from wan_dist.data.encode import load_encoders
 from wan_dist.io import checkpoint as checkpoints
 from wan_dist.io.checkpoint import Checkpoint
@@ -32,6 +29,7 @@ from wan_dist.parallel.ds_config import accumulation_steps, deepspeed_config
 from wan_dist.parallel.environment import build_guard
 from wan_dist.parallel.load import build_partitioned, fill_partitions, tensor_files
 from wan_dist.parallel.shutdown import StopRequest
+from wan_dist.train.build_data import Batches, open_batches
 from wan_dist.train.hooks import CheckpointHook, ReportHook
 from wan_dist.train.loop import TrainState, train
 from wan_dist.train.objective import Objective
@@ -41,7 +39,6 @@ from wan_dist.train.schedules import learning_rate
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_WINDOW_SHARDS = 64
 # A resumed run would not be the same run if one of these differed; the model folder may have moved.
 _UNCHANGED = ("variant", "transformer_folder", "data_digest", "seed", "global_batch_size")
 OnStep = Callable[[TrainState, float | None], None]
@@ -97,7 +94,7 @@ def _run(
     ranks: Ranks,
     stop: StopRequest,
     engine: Any,
-    batches: ClipBatches,
+    batches: Batches,
     identity: dict[str, Any],
     state: TrainState,
     on_step: OnStep,
@@ -170,34 +167,9 @@ def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, num_accumulated: int) -> 
     )
 
 
-def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[ClipBatches, str]:
+def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[Batches, str]:
     """Return this rank's batches and the digest of the data and the rules that shape it."""
-    data = cfg.data
-    dataset = ClipDataset.open(
-        Path(data.shards),
-        sizes=data.sizes,
-        num_frames=data.num_frames,
-        fps=data.fps,
-        frame_choice=data.frame_choice,
-        crop=data.crop,
-        allow_duplicate_frames=data.allow_duplicate_frames,
-        allow_upscale=data.allow_upscale,
-    )
-    batches = ClipBatches(
-        dataset,
-        load_encoders(Path(cfg.model.path), ranks.device, DTYPES[cfg.model.dtype]),
-        SampleOrder(dataset.counts, cfg.train.global_batch_size, _WINDOW_SHARDS, cfg.train.seed),
-        with_condition=get_variant(cfg.model.variant).needs_condition,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        micro_batch_size=cfg.train.micro_batch_size,
-        seed=cfg.train.seed,
-        caption_dropout=data.caption_dropout,
-        num_workers=data.num_workers,
-        cache_bytes=int(data.memory_cache_gib * 2**30),
-        max_bad_fraction=data.max_bad_fraction,
-    )
-    return batches, dataset.digest
+    return open_batches(cfg, ranks, load_encoders(Path(cfg.model.path), ranks.device, DTYPES[cfg.model.dtype]))
 
 
 def build_objective(cfg: TrainConfig, variant: WanVariant) -> Objective:

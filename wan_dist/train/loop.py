@@ -1,14 +1,15 @@
 """The training loop: one step, and the steps of a run."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from wan_dist.data.batching import Batch, ClipBatches
+from wan_dist.core.order import Block
+from wan_dist.data.batching import Batch
 from wan_dist.train.objective import Objective
 
 
@@ -46,6 +47,14 @@ class StepResult:
     step_s: float
 
 
+class Batches(Protocol):
+    """Where batches come from."""
+
+    def steps(self, epoch: int, block: int) -> Iterator[tuple[Block, Iterator[Batch]]]:
+        """Yield, endlessly from a state, each block with this rank's micro-batches of it."""
+        ...
+
+
 class Hook(Protocol):
     """Something done after every step, by all ranks in the same order."""
 
@@ -78,7 +87,7 @@ def train_step(engine: Any, objective: Objective, batches: Iterable[Batch]) -> t
 def train(
     engine: Any,
     objective: Objective,
-    batches: ClipBatches,
+    batches: Batches,
     state: TrainState,
     *,
     num_steps: int,
