@@ -25,8 +25,8 @@ pytestmark = pytest.mark.proof
 
 PROGRAM = Path(__file__).with_name("sabotaged_train.py")
 CAPTIONS = ("a red circle moves up", "a blue square moves to the left")
-SIZE = {"width": 64, "height": 64, "num_frames": 17}
-NUM_STEPS = 500
+SIZE = {"width": 64, "height": 64, "num_frames": 9}
+NUM_STEPS = 700
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -48,7 +48,7 @@ def lesson(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memorisation")
     model = make_tiny_pipeline("ti2v-5B", folder / "model", CAPTIONS)
     vae: Any = WanPipeline.from_pretrained(model).vae
-    drawn = [draw_random_clip(np.random.default_rng(seed), 17, 64, 64) for seed in range(12)]
+    drawn = [draw_random_clip(np.random.default_rng(seed), 9, 64, 64) for seed in range(12)]
     encoded = [_latents(vae, frames) for frames in drawn]
     pairs = [(abs(_cosine(encoded[i], encoded[j])), i, j) for i in range(12) for j in range(i)]
     _, first, second = min(pairs)
@@ -58,7 +58,7 @@ def lesson(tmp_path_factory):
     ]
     shards = pack_clips(folder, clips, fps=8)
     # h264 changed the pixels: what the trainer reads is the truth.
-    dataset = ClipDataset.open(shards, sizes=[(64, 64)], num_frames=[17], fps=8.0)
+    dataset = ClipDataset.open(shards, sizes=[(64, 64)], num_frames=[9], fps=8.0)
     truth = {}
     for index in range(2):
         clip = dataset.load(0, 0, index, choice=0.0, crop_xy=(0.5, 0.5))
@@ -74,10 +74,11 @@ def _memorise(lesson, folder: Path, breakage: str) -> dict[tuple[str, str], floa
     config = write_config(
         folder / "config.yaml",
         run_dir=folder / "run",
-        model={"path": str(model), "variant": "ti2v-5B"},
-        data={"shards": str(shards), "sizes": [[64, 64]], "num_frames": [17], "fps": 8.0, "caption_dropout": 0.0},
+        # fp32 without checkpointing costs half of bf16 on a CPU; the quickstart's proof trains in bf16 with it.
+        model={"path": str(model), "variant": "ti2v-5B", "dtype": "fp32"},
+        data={"shards": str(shards), "sizes": [[64, 64]], "num_frames": [9], "fps": 8.0, "caption_dropout": 0.0},
         optim={"lr": 5e-3, "betas": [0.9, 0.99], "weight_decay": 0.0, "schedule": "cosine", "warmup_steps": 30},
-        train={"num_steps": NUM_STEPS, "global_batch_size": 8, "micro_batch_size": 4},
+        train={"num_steps": NUM_STEPS, "global_batch_size": 8, "micro_batch_size": 4, "gradient_checkpointing": "none"},
         log={"every": 50},
     )
     command = deepspeed_command(["0", "1"], ["tests.proofs.sabotaged_train", breakage, str(config)], port=_free_port())
