@@ -88,7 +88,7 @@ class HttpStore:
         return f"{self.name}/{quote(name)}"
 
     def _get(self, name: str, offset: int, size: int) -> bytes:
-        url = self._url(name)
+        url, whole = self._url(name), False
         try:
             response = self._pool.request(
                 "GET", url, headers={"Range": f"bytes={offset}-{offset + size - 1}"}, preload_content=False
@@ -102,11 +102,12 @@ class HttpStore:
             self._check_status(url, name, response)
             total = self._check_version(url, name, response, offset)
             data = self._body(response)
+            whole = True
         except HTTPError as error:
             raise TransientError(_reason(error)) from error
         finally:
-            # A connection with bytes left on it cannot serve another request.
-            if response.length_remaining:
+            # A connection whose answer was not read to its end cannot serve another request.
+            if not whole:
                 response.close()
             response.release_conn()
         wanted = min(size, total - offset)
