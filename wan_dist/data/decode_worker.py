@@ -194,7 +194,7 @@ def _answer(in_fd: int, out_fd: int, line: bytes) -> str:
         decode_clip(source, bucket, name=name, out=out, **options)
     except DataError as error:
         return str(error)
-    except MemoryError:
+    except (MemoryError, OSError):  # the shared memory is mapped, and a map that does not fit is an OSError
         return f"{name}: cannot be decoded: it needs more memory than a decoding process has; scale it down"
     return ""
 
