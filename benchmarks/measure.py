@@ -1,0 +1,67 @@
+"""Measure contestants against each other in one run: interleaved, in processes of their own, medians."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Spent:
+    """CPU-seconds (user and system, of a process and all it started) and wall seconds."""
+
+    cpu_s: float
+    wall_s: float
+
+
+def run_apart(work: Callable[[], object]) -> Spent:
+    """Run `work` in a forked process and return what that cost."""
+    start_s = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit("a contestant failed; its message is above")
+    return Spent(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s)
+
+
+def interleave(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Spent]]:
+    """Run all contestants in turn, `rounds` times, after one round that does not count."""
+    spent: dict[str, list[Spent]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, work in contestants.items():
+            cost = run_apart(work)
+            if number:
+                spent[name].append(cost)
+    return spent
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median of the ratios within each round, so that a slow minute of the machine hits both sides."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def hardware() -> str:
+    """Name processor, usable cores, kernel and interpreter."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{names[0] if names else platform.machine()}, {cores} cores, {system}"
+
+
+def versions(*packages: str) -> str:
+    """Name packages with their versions."""
+    return ", ".join(f"{package} {version(package)}" for package in packages)
