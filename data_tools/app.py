@@ -4,6 +4,7 @@ from typing import Final
 
 import typer
 
+from data_tools.cache import cache
 from data_tools.inspect_shards import inspect
 from data_tools.pack import pack
 
@@ -15,4 +16,5 @@ app: Final = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(pack)
+app.command()(cache)
 app.command()(inspect)

@@ -19,12 +19,13 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def pack_clips(folder: Path, clips: Sequence[ShapeClip], *, fps: float) -> Path:
+def pack_clips(folder: Path, clips: Sequence[ShapeClip], *, fps: float, shard_clips: int = 10_000) -> Path:
     """Write drawn clips as mp4 with captions, pack them with the real command, and return the shards' folder."""
     for clip in clips:
         write_mp4(folder / "clips" / f"{clip.name}.mp4", clip.frames, fps)
         (folder / "clips" / f"{clip.name}.txt").write_text(clip.caption)
     command = [sys.executable, "-m", "data_tools", "pack", str(folder / "clips"), str(folder / "shards")]
+    command += ["--shard-clips", str(shard_clips)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return folder / "shards"
 

@@ -1,7 +1,6 @@
 """`wan-dist launch`: start the ranks of this machine."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +25,7 @@ def launch(
     from wan_dist.io.run_folder import mark_failed
     from wan_dist.parallel.ds_config import accumulation_steps
     from wan_dist.parallel.environment import prepare_environment
-    from wan_dist.parallel.launch import deepspeed_command, rank_threads, run_ranks, visible_devices
+    from wan_dist.parallel.launch import deepspeed_command, free_port, rank_threads, run_ranks, visible_devices
 
     cfg = load_config(config, overrides or [])
     if not dry_run:
@@ -34,7 +33,7 @@ def launch(
     prepare_environment()
     devices = visible_devices(num_gpus)
     accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, len(devices))
-    command = deepspeed_command(devices, ["wan_dist", "train", str(config), *(overrides or [])], port=_free_port())
+    command = deepspeed_command(devices, ["wan_dist", "train", str(config), *(overrides or [])], port=free_port())
     if dry_run:
         import shlex
 
@@ -47,9 +46,3 @@ def launch(
         # Nothing runs any more: a rank that was killed could not say so itself.
         mark_failed(Path(cfg.run_dir), "the job ended before the run could say why")
     raise typer.Exit(status)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -7,6 +7,7 @@ from typing import Any
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.errors import ConfigError, DataError, ModelError, WanDistError
+from wan_dist.data.fingerprint import FIXED_RULES
 from wan_dist.data.stores import is_remote
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel.ds_config import deepspeed_config
@@ -23,7 +24,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)
         problems += _size_problems(variant, values.get("data.sizes", []))
-    return problems + _frame_problems(values.get("data.num_frames", []))
+    return problems + _frame_problems(values.get("data.num_frames", [])) + _cache_problems(values)
 
 
 def check_paths(cfg: TrainConfig) -> None:
@@ -45,6 +46,11 @@ def check_paths(cfg: TrainConfig) -> None:
     for key, path in _shard_folders(cfg):
         if text := _shards_problem(path, cfg.data.source):
             found.append(DataError(f"{key} = {path}: {text}."))
+    for key in ("latents", "text_embeds"):
+        path = getattr(cfg.data, key)
+        if path not in ("auto", "none") and (text := _folder_problem(Path(path), "manifest.json")):
+            advice = "write it with `wan-data cache`, or use auto or none"
+            found.append(DataError(f"data.{key} = {path}: {text}; {advice}."))
     if found:
         raise type(found[0])("\n".join(str(error) for error in found))
 
@@ -132,6 +138,29 @@ def _size_problems(variant: WanVariant, sizes: list[Any]) -> list[Problem]:
         if list(map(tuple, sizes)).index((width, height)) < index:
             text = f"data.sizes = {width}x{height} is listed twice; keep one."
             problems.append(Problem(("data", "sizes", index), text))
+    return problems
+
+
+def _cache_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return why a named cache cannot serve; `auto` then encodes online."""
+    problems: list[Problem] = []
+    for key in ("latents", "text_embeds"):
+        path = values.get(f"data.{key}", "auto")
+        if path in ("auto", "none"):
+            continue
+        named = f"data.{key} = {path}"
+        if values.get("data.source") == "stream":
+            problems.append(Problem(("data", key), f"{named}: data.source: stream reads no caches; use none."))
+        if isinstance(values.get("data.shards"), list):
+            text = f"{named}: one folder cannot serve several data sets; use auto, which looks beside each of them."
+            problems.append(Problem(("data", key), text))
+        for rule in ("frame_choice", "crop"):
+            value = values.get(f"data.{rule}", FIXED_RULES[0])
+            if key == "latents" and value not in FIXED_RULES:
+                text = (
+                    f"{named}: data.{rule} = {value} shows other pixels on every visit; use {' or '.join(FIXED_RULES)}."
+                )
+                problems.append(Problem(("data", key), text))
     return problems
 
 

@@ -77,6 +77,15 @@ class DataConfig(Section):
         default=False, description="Use clips whose frame rate is under 0.9 times `fps` by repeating frames."
     )
     allow_upscale: bool = Field(default=False, description="Use clips that are smaller than their bucket.")
+    latents: str = Field(
+        default="auto",
+        min_length=1,
+        description="Cached latents: auto takes what `wan-data cache` left in `shards` and refuses what does not fit; "
+        "none encodes online; else the folder of a family.",
+    )
+    text_embeds: str = Field(
+        default="auto", min_length=1, description="Cached text embeddings: auto, none or a folder, as `latents`."
+    )
     validation: ShardsName | Annotated[list[DatasetConfig], Field(min_length=1)] | None = Field(
         default=None, description="Held-out shards, as `shards`. A clip that is in both is an error."
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from wan_dist.core.errors import DataError, StorageError
 from wan_dist.core.order import Block, SampleOrder
 from wan_dist.core.rng import seed_of
+from wan_dist.data.cached import CachedSamples, padded
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.encode import Encoders
 from wan_dist.data.memory_cache import MemoryCache
@@ -57,6 +58,8 @@ class _Sample(NamedTuple):
     frames: NDArray[np.uint8] | None  # None: its latents are in the cache
     problems: tuple[str, ...]  # of the samples that it replaces
     loss_weight: float
+    latents: dict[str, Tensor] | None = None  # as they were cached ahead of training
+    text: Tensor | None = None  # likewise
 
 
 class ClipBatches:
@@ -82,6 +85,7 @@ class ClipBatches:
         num_workers: int,
         cache_bytes: int,
         max_bad_fraction: float,
+        cached: CachedSamples | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -98,6 +102,7 @@ class ClipBatches:
             num_workers: reader threads; 0 reads in the caller.
             cache_bytes: host memory for encoded latents, and as much again for text.
             max_bad_fraction: share of unreadable samples at which reading fails.
+            cached: latents or text embeddings that are read instead of encoded; None encodes both.
         """
         if order.block_size % (world_size * micro_batch_size):
             raise ValueError(f"block of {order.block_size} does not divide by {world_size} x {micro_batch_size}")
@@ -106,6 +111,8 @@ class ClipBatches:
         self._rank, self._world_size, self._micro = rank, world_size, micro_batch_size
         self._seed, self._caption_dropout = seed, caption_dropout
         self._max_bad_fraction = max_bad_fraction
+        self._cached = cached
+        self._parts = ("latents", "condition") if with_condition else ("latents",)
         self._latents_cache, self._text_cache = MemoryCache(cache_bytes), MemoryCache(cache_bytes)
         self._pool = ThreadPoolExecutor(num_workers, "read-clips") if num_workers else None
         self.num_read = 0
@@ -173,9 +180,13 @@ class ClipBatches:
             seed=self._seed,
             caption_dropout=self._caption_dropout,
         )
-        known = self._latents_cache.get(clip.cache_key) is not None
+        cached = self._cached
+        latents = cached.read_latents(clip, self._parts) if cached and cached.has_latents else None
+        text = cached.read_text(clip, prompt) if cached and cached.has_text else None
+        known = latents is not None or self._latents_cache.get(clip.cache_key) is not None
         frames = None if known else self._dataset.frames(clip)
-        return _Sample(position, clip.key, prompt, clip.cache_key, frames, (), self._dataset.loss_weight(clip.shard))
+        weight = self._dataset.loss_weight(clip.shard)
+        return _Sample(position, clip.key, prompt, clip.cache_key, frames, (), weight, latents, text)
 
     def _batches(self, block: Block, futures: Sequence[Future[_Sample]]) -> Iterator[Batch]:
         for start in range(0, len(futures), self._micro):
@@ -189,7 +200,7 @@ class ClipBatches:
                 bucket=block.bucket,
                 positions=tuple(s.position for s in samples),
                 latents=encoded[:, :num_channels],
-                text_embeds=torch.stack([self._text(s.prompt) for s in samples]),
+                text_embeds=torch.stack([self._text(s) for s in samples]),
                 condition=encoded[:, num_channels:] if self._with_condition else None,
                 loss_weights=self._loss_weights(block, samples),
             )
@@ -215,6 +226,8 @@ class ClipBatches:
             )
 
     def _encoded(self, bucket: int, sample: _Sample) -> Tensor:
+        if sample.latents is not None:
+            return self._normalised(sample.latents)
         cached = self._latents_cache.get(sample.cache_key)
         if cached is None:
             frames = sample.frames
@@ -227,9 +240,17 @@ class ClipBatches:
             self._latents_cache.put(sample.cache_key, cached)
         return cached.to(self._encoders.device)
 
-    def _text(self, prompt: str) -> Tensor:
-        cached = self._text_cache.get(prompt)
+    def _normalised(self, stored: dict[str, Tensor]) -> Tensor:
+        """Return what `_encoded` gives, from cached posterior means."""
+        means = [stored[part][None].to(self._encoders.device) for part in self._parts]
+        latents = self._encoders.normalise(means[0])
+        return torch.cat([latents, *map(self._encoders.with_mask, means[1:])], dim=1)[0]
+
+    def _text(self, sample: _Sample) -> Tensor:
+        if sample.text is not None:
+            return padded(sample.text).to(self._encoders.device)
+        cached = self._text_cache.get(sample.prompt)
         if cached is None:
-            cached = self._encoders.encode_prompts([prompt])[0].cpu()
-            self._text_cache.put(prompt, cached)
+            cached = self._encoders.encode_prompts([sample.prompt])[0].cpu()
+            self._text_cache.put(sample.prompt, cached)
         return cached.to(self._encoders.device)

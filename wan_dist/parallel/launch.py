@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,6 +66,13 @@ def visible_devices(num_ranks: int) -> list[str]:
     shown = next((os.environ[v] for v in _DEVICE_VARIABLES if os.environ.get(v)), "")
     ids = [i.strip() for i in shown.split(",") if i.strip()] or [str(i) for i in range(count)]
     return ids[: num_ranks or count]
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def rank_threads(num_ranks: int) -> int:

@@ -12,7 +12,6 @@ from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.errors import CheckpointError
 from wan_dist.core.flow_matching import SigmaSampler
-from wan_dist.data.encode import load_encoders
 from wan_dist.io import checkpoint as checkpoints
 from wan_dist.io.checkpoint import Checkpoint
 from wan_dist.io.run_folder import checkpoints_dir, describe_run, mark_failed, write_status
@@ -169,7 +168,7 @@ def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, num_accumulated: int) -> 
 
 def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[Batches, str]:
     """Return this rank's batches and the digest of the data and the rules that shape it."""
-    return open_batches(cfg, ranks, load_encoders(Path(cfg.model.path), ranks.device, DTYPES[cfg.model.dtype]))
+    return open_batches(cfg, ranks, DTYPES[cfg.model.dtype])
 
 
 def build_objective(cfg: TrainConfig, variant: WanVariant) -> Objective:

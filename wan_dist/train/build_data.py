@@ -4,13 +4,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from wan_dist.config.schema import DatasetConfig, TrainConfig
 from wan_dist.core.order import SampleOrder
 from wan_dist.data.assign import ClipRules
 from wan_dist.data.batching import ClipBatches
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.decode_worker import open_decoder
-from wan_dist.data.encode import Encoders
+from wan_dist.data.encode import load_encoders
 from wan_dist.data.index import open_shards
 from wan_dist.data.mixture import ShardSource, check_held_out
 from wan_dist.data.stores import CacheLimits
@@ -18,6 +20,7 @@ from wan_dist.data.stream import ClipStream
 from wan_dist.data.stream_batches import StreamBatches
 from wan_dist.models.wan.variants import get_variant
 from wan_dist.parallel.dist import Ranks
+from wan_dist.train.caches import open_caches
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +56,16 @@ def sample_order(cfg: TrainConfig, dataset: ClipDataset) -> SampleOrder:
     return dataset.order(cfg.train.global_batch_size, _WINDOW_SHARDS, cfg.train.seed, tail)
 
 
-def open_batches(cfg: TrainConfig, ranks: Ranks, encoders: Encoders) -> tuple[Batches, str]:
-    """Return this rank's batches and the digest of the data and the rules that shape it."""
+def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Batches, str]:
+    """Return this rank's batches and the digest of the data, the rules that shape it and the caches; collective.
+
+    Args:
+        cfg: a loaded configuration.
+        ranks: this process's place.
+        dtype: dtype in which the text encoder computes.
+    """
     data = cfg.data
+    model = Path(cfg.model.path)
     with_condition = get_variant(cfg.model.variant).needs_condition
     if data.source == "stream":
         stream = ClipStream(
@@ -63,7 +73,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, encoders: Encoders) -> tuple[Ba
         )
         batches: Batches = StreamBatches(
             stream,
-            encoders,
+            load_encoders(model, ranks.device, dtype),
             with_condition=with_condition,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -76,6 +86,9 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, encoders: Encoders) -> tuple[Ba
         return batches, stream.digest
     dataset = open_dataset(cfg)
     order = sample_order(cfg, dataset)
+    caches = open_caches(cfg, dataset.shard_sets, ranks)
+    has_text = caches.samples is not None and caches.samples.has_text
+    encoders = load_encoders(model, ranks.device, dtype, vae_config=caches.vae_config, with_text=not has_text)
     batches = ClipBatches(
         dataset,
         encoders,
@@ -89,8 +102,10 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, encoders: Encoders) -> tuple[Ba
         num_workers=data.num_workers,
         cache_bytes=int(data.memory_cache_gib * 2**30),
         max_bad_fraction=data.max_bad_fraction,
+        cached=caches.samples,
     )
-    return batches, dataset.digest if data.tail in ("carry", "merge") else f"{dataset.digest}-{data.tail}"
+    tail = "" if data.tail in ("carry", "merge") else f"-{data.tail}"
+    return batches, f"{dataset.digest}{tail}{caches.suffix}"
 
 
 def _open(cfg: TrainConfig, shards: str | Sequence[DatasetConfig]) -> ClipDataset:

@@ -1,0 +1,103 @@
+"""Cached latents and text in place of decoding and encoding, for the samples of one or several data sets."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wan_dist.core.buckets import Bucket
+from wan_dist.core.errors import DataError
+from wan_dist.data.clips import LocatedClip
+from wan_dist.data.encode import MAX_TEXT_TOKENS
+from wan_dist.data.family_reader import FamilyReader, read_empty, tensor_of
+
+
+class CachedSamples:
+    """What is cached of the clips that training reads. Safe to use from several threads.
+
+    Attributes:
+        has_latents: whether latents are cached.
+        has_text: whether text embeddings are cached.
+    """
+
+    def __init__(
+        self, num_shards: Sequence[int], latents: Sequence[FamilyReader] | None, text: Sequence[FamilyReader] | None
+    ) -> None:
+        """Read the empty prompt, and nothing else yet.
+
+        Args:
+            num_shards: shards of each data set, in the order of the readers.
+            latents: one family for each data set, None if latents are encoded online.
+            text: as `latents`.
+        Raises:
+            DataError: the empty prompt's embedding cannot be read.
+        """
+        self._last = np.cumsum(num_shards)
+        self._latents, self._text = latents, text
+        self.has_latents, self.has_text = latents is not None, text is not None
+        self._empty = read_empty(text[0].family) if text else None
+        self._shapes = [_LatentShape(reader.family.fingerprint["vae"]["config"]) for reader in latents or ()]
+
+    def read_latents(self, clip: LocatedClip, parts: Sequence[str]) -> dict[str, Tensor]:
+        """Return some tensors of a clip's latents, [C, f, h, w] bf16 on the CPU: posterior means, not normalised.
+
+        Raises:
+            DataError: they are not cached, damaged, not finite, or of another shape than the clip's bucket gives.
+        """
+        assert self._latents is not None, "latents are not cached"
+        place, shard = self._place(clip.shard)
+        tensors = self._latents[place].read(shard, clip.row)
+        found = {part: tensor_of(tensors, part, clip.key) for part in parts}
+        for part, tensor in found.items():
+            wanted = self._shapes[place].of(clip.bucket, part)
+            if tuple(tensor.shape) != wanted:
+                raise DataError(
+                    f"{self._latents[place].family.folder}: sample {clip.key}: {part} has shape {list(tensor.shape)}, "
+                    f"its bucket gives {list(wanted)}; cache the latents again."
+                )
+        return found
+
+    def read_text(self, clip: LocatedClip, prompt: str) -> Tensor:
+        """Return the embedding of one of a clip's captions, or of the empty prompt, [L, D] bf16 on the CPU.
+
+        Raises:
+            DataError: it is not cached, damaged, not finite or of another shape.
+        """
+        assert self._text is not None, "text is not cached"
+        assert self._empty is not None
+        if not prompt:
+            return self._empty
+        place, shard = self._place(clip.shard)
+        embed = tensor_of(self._text[place].read(shard, clip.row), f"caption_{clip.captions.index(prompt)}", clip.key)
+        if embed.ndim != 2 or len(embed) > MAX_TEXT_TOKENS or embed.shape[1] != self._empty.shape[1]:
+            raise DataError(
+                f"{self._text[place].family.folder}: sample {clip.key}: an embedding has shape {list(embed.shape)}, "
+                f"wanted are up to {MAX_TEXT_TOKENS} tokens of {self._empty.shape[1]}; cache the text again."
+            )
+        return embed
+
+    def _place(self, shard: int) -> tuple[int, int]:
+        """Return the data set of a shard, and the shard's number there."""
+        place = int(np.searchsorted(self._last, shard, "right"))
+        return place, shard - int(self._last[place - 1] if place else 0)
+
+
+class _LatentShape:
+    """The shape of latents by the configuration of the VAE that made them."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._channels = int(config["z_dim"])
+        self._step_t, self._step = int(config["scale_factor_temporal"]), int(config["scale_factor_spatial"])
+
+    def of(self, bucket: Bucket, part: str) -> tuple[int, int, int, int]:
+        num_frames = 1 if part == "first_frame" else (bucket.num_frames - 1) // self._step_t + 1
+        return self._channels, num_frames, bucket.height // self._step, bucket.width // self._step
+
+
+def padded(embed: Tensor) -> Tensor:
+    """Return [512, D] of a trimmed embedding [L, D]: zeros after its true length, as the text encoder gives it."""
+    whole = torch.zeros(MAX_TEXT_TOKENS, embed.shape[1], dtype=embed.dtype)
+    whole[: len(embed)] = embed
+    return whole
