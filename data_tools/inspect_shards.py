@@ -8,18 +8,41 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from wan_dist.data.index import ShardSet, open_shards
+from data_tools.inspect_tar import describe_member, describe_tar, sample_report, tar_report
+from data_tools.plan_report import describe_plan, plan_report
+from wan_dist.core.errors import DataError
+from wan_dist.data.index import MEMBERS, ShardSet, open_shards
+from wan_dist.data.reader import locate, read_member
 
 
 def inspect(
-    shards: Annotated[Path, typer.Argument(metavar="SHARDS", help="Folder written by `wan-data pack`.")],
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of packed shards, or any tar.")],
+    key: Annotated[str | None, typer.Option(help="Show the members of this sample.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Training config: show what it makes of the shards.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show shards, clips, sizes, frame rates and durations.
+    """Show shards, clips, sizes, frame rates and durations; or one tar; or one sample.
+
+    With --plan: buckets, clips left out with the reason, steps per epoch, and the numbers of ranks that divide the
+    batch.
 
     Example: `wan-data inspect shards/`
     """
+    if plan is not None:
+        report = plan_report(plan, [f"data.shards={shards}"])
+        typer.echo(json.dumps(report) if as_json else describe_plan(report))
+        return
+    if shards.endswith(".tar") and Path(shards).is_file():
+        if key is None:
+            report = tar_report(Path(shards))
+            typer.echo(json.dumps(report) if as_json else describe_tar(report))
+        else:
+            typer.echo(json.dumps(sample_report(Path(shards), key), indent=None if as_json else 1))
+        return
     opened = open_shards(shards)
+    if key is not None:
+        typer.echo(json.dumps(_sample(opened, key), indent=None if as_json else 1))
+        return
     kinds = _kinds(opened)
     if as_json:
         manifest = opened.manifest
@@ -34,6 +57,21 @@ def inspect(
         typer.echo(json.dumps(summary))
         return
     typer.echo(_describe(opened, kinds))
+
+
+def _sample(opened: ShardSet, key: str) -> dict[str, Any]:
+    """Return what the members of one sample hold."""
+    for shard in range(len(opened.manifest.shards)):
+        rows = opened.index(shard)
+        for number in np.flatnonzero(rows["key"] == key.encode()):
+            row, tar = rows[number], opened.tar(shard)
+            names = {"json": "json", "text": "txt", "media": row["media_ext"].decode()}
+            found = {"shard": str(tar)}
+            for member in MEMBERS:
+                if row[f"{member}_size"]:
+                    found[names[member]] = describe_member(names[member], read_member(locate(tar, row, member)), key)
+            return found
+    raise DataError(f"{opened.name}: no sample {key}; keys are in the tars and in the indexes.")
 
 
 def _kinds(opened: ShardSet) -> list[dict[str, Any]]:
@@ -62,7 +100,7 @@ def _describe(opened: ShardSet, kinds: list[dict[str, Any]]) -> str:
     manifest = opened.manifest
     rejects = ", ".join(f"{count} {code}" for code, count in manifest.rejects.items()) or "none"
     lines = [
-        f"{opened.folder}: clips {manifest.num_clips}, shards {len(manifest.shards)}, {_megabytes(manifest.num_bytes)}",
+        f"{opened.name}: clips {manifest.num_clips}, shards {len(manifest.shards)}, {_megabytes(manifest.num_bytes)}",
         f"rejected: {rejects}",
         f"{'size px':>11} {'fps':>7} {'clips':>7} {'frames':>11} {'seconds':>15}",
     ]

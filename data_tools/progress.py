@@ -76,3 +76,23 @@ def _line_printer() -> Callable[[PackProgress], None]:
 def _rejects(state: PackProgress) -> str:
     reasons = ", ".join(f"{count} {code}" for code, count in sorted(state.rejects.items()))
     return f"  rejected: {reasons}" if reasons else ""
+
+
+@contextmanager
+def show_count(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback that shows how many of how many are done, on stderr."""
+    if not sys.stderr.isatty():
+        next_line = time.monotonic() + LINE_INTERVAL_S
+
+        def say(done: int, total: int) -> None:
+            nonlocal next_line
+            if time.monotonic() >= next_line:
+                next_line = time.monotonic() + LINE_INTERVAL_S
+                print(f"{done}/{total} {unit}", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(unit, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -5,7 +5,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,63 +12,22 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from wan_dist.core.buckets import Bucket, make_buckets, merge_small_buckets
+from wan_dist.core.buckets import make_buckets, merge_small_buckets
 from wan_dist.core.errors import DataError
 from wan_dist.core.order import SampleOrder, Tail
 from wan_dist.data.assign import DROP_REASONS, ClipRules, FrameChoice, assign_clips, explain_drops, time_window
-from wan_dist.data.decode import DECODE_RULES, crop_window
+from wan_dist.data.decode import DECODE_RULES, crop_window, frame_times
 from wan_dist.data.decode_worker import Decoder, open_decoder
 from wan_dist.data.index import ShardSet, open_shards
+from wan_dist.data.located import ClipSample, LocatedClip
 from wan_dist.data.mixture import MixedShards, ShardSource, mixing_rates
 from wan_dist.data.reader import locate, read_captions, read_member
+
+__all__ = ["ClipDataset", "ClipRules", "ClipSample", "LocatedClip"]
 
 logger = logging.getLogger(__name__)
 
 _CENTER: Final = (0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class LocatedClip:
-    """One clip as one training sample will see it, not yet decoded.
-
-    Attributes:
-        key: its key in the shard.
-        captions: at least one.
-        cache_key: names exactly the pixels of `ClipDataset.frames`.
-        bucket: the shape of its frames.
-        shard: shard number.
-        row: row in the shard's index.
-        choice: place of the window in time, in [0, 1).
-        crop_xy: place of the crop, in [0, 1) along width and height.
-        fps: frames per second at which it is shown.
-    """
-
-    key: str
-    captions: tuple[str, ...]
-    cache_key: str
-    bucket: Bucket
-    shard: int
-    row: int
-    choice: float
-    crop_xy: tuple[float, float]
-    fps: float
-
-
-@dataclass(frozen=True)
-class ClipSample:
-    """One training sample.
-
-    Attributes:
-        key: its key in the shard.
-        captions: at least one.
-        frames: [F, H, W, 3], uint8 RGB.
-        cache_key: names exactly these pixels; what is computed from them may be kept under it.
-    """
-
-    key: str
-    captions: tuple[str, ...]
-    frames: NDArray[np.uint8]
-    cache_key: str
 
 
 class ClipDataset:
@@ -270,6 +228,32 @@ class ClipDataset:
             allow_duplicate_frames=self._rules.allow_duplicate_frames,
             name=where.name,
         )
+
+    def frame_times(self, clip: LocatedClip) -> list[float]:
+        """Return when each frame of a located sample is shown in its file, seconds after its first frame.
+
+        Raises:
+            DataError: the clip is damaged.
+        """
+        mixed, local = self._places[clip.shard]
+        where = locate(mixed.shards.tar(local), mixed.shards.index(local)[clip.row], "media")
+        duplicates = self._rules.allow_duplicate_frames
+        return frame_times(read_member(where), clip.bucket.num_frames, clip.fps, clip.choice, duplicates, where.name)
+
+    def find(self, key: str) -> tuple[int, int, int]:
+        """Return bucket, shard and index (as `locate` takes them) of a clip.
+
+        Raises:
+            DataError: there is no such clip, or it is in no bucket.
+        """
+        for shard, (mixed, local) in enumerate(self._places):
+            for row in np.flatnonzero(mixed.shards.index(local)["key"] == key.encode()):
+                for bucket, rows in enumerate(self._rows[shard]):
+                    found = np.flatnonzero(rows == row)
+                    if len(found):
+                        return bucket, shard, int(found[0])
+                raise DataError(f"{self.name}: sample {key} is in no bucket; `wan-data inspect --plan` says why.")
+        raise DataError(f"{self.name}: no sample {key}; `wan-data inspect` a tar to see its keys.")
 
     def load(self, bucket: int, shard: int, index: int, *, choice: float, crop_xy: tuple[float, float]) -> ClipSample:
         """Return a decoded sample; arguments and errors are those of `locate` and `frames`."""

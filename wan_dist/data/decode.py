@@ -96,6 +96,23 @@ def decode_clip(
     return out
 
 
+def frame_times(
+    source: bytes, num_frames: int, fps: float, choice: float, allow_duplicate_frames: bool, name: str
+) -> list[float]:
+    """Return when the frames that `decode_clip` gives are shown, seconds after the clip's first frame, increasing.
+
+    Raises:
+        DataError: as `decode_clip`.
+    """
+    try:
+        with open_media(source) as (container, video):
+            timeline = read_timeline(container, video)
+        chosen = _chosen_pts(timeline, num_frames, fps, choice, allow_duplicate_frames)
+    except (MediaError, FFmpegError, OSError, ValueError) as error:
+        raise DataError(f"{name}: cannot be decoded: {error}") from error
+    return [float((pts - timeline.pts[0]) * timeline.time_base) for pts in chosen.tolist()]
+
+
 def _chosen_pts(
     timeline: Timeline, num_frames: int, fps: float, choice: float, allow_duplicate_frames: bool
 ) -> NDArray[np.int64]:

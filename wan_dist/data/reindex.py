@@ -211,7 +211,7 @@ def _row(
         return Reject("no_caption", name, f"neither a txt nor a json with {', '.join(CAPTION_KEYS)}; add one")
     numbers = _described(described)
     if numbers is None:
-        info = _probe(content(sample.members[extension]), extension, prober, name)
+        info = probe_bytes(content(sample.members[extension]), extension, name, prober)
         if isinstance(info, Reject):
             return info
         numbers = [getattr(info, field) for field in _INFO_FIELDS]
@@ -227,7 +227,18 @@ def _described(described: Any) -> list[float] | None:
     return numbers if all(isinstance(n, int | float) for n in numbers) else None  # type: ignore[return-value]
 
 
-def _probe(content: bytes, extension: str, prober: Prober, name: str) -> ClipInfo | Reject:
+def probe_bytes(content: bytes, extension: str, name: str, prober: Prober | None = None) -> ClipInfo | Reject:
+    """Return what a clip holds, or why it cannot be used; it is read in a process of its own.
+
+    Args:
+        content: the file.
+        extension: of its name.
+        name: how a `Reject` names it.
+        prober: a running process; None starts one.
+    """
+    if prober is None:
+        with Prober() as prober:
+            return probe_bytes(content, extension, name, prober)
     with tempfile.NamedTemporaryFile(suffix=f".{extension.rpartition('.')[2]}") as stream:
         stream.write(content)
         stream.flush()

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from wan_dist.data.decode_worker import Decoder
 from wan_dist.data.probe import ClipInfo, Reject
 from wan_dist.data.probe_worker import Prober
 from wan_dist.data.reader import CAPTION_KEYS
-from wan_dist.data.reindex import MEDIA_EXTENSIONS
+from wan_dist.data.reindex import MEDIA_EXTENSIONS, probe_bytes
 from wan_dist.data.stores import StoredFile, is_remote, open_store
 
 logger = logging.getLogger(__name__)
@@ -167,10 +166,7 @@ class ClipStream:
             missing = "no_media" if extension is None else "no_caption"
             return Reject(missing, name, f"has {', '.join(e for e in sample if not e.startswith('__'))}")
         content = bytes(sample[extension])
-        with tempfile.NamedTemporaryFile(suffix=f".{extension.rpartition('.')[2]}") as stream:
-            stream.write(content)
-            stream.flush()
-            info = prober.probe(Path(stream.name), name)
+        info = probe_bytes(content, extension, name, prober)
         if isinstance(info, Reject):
             return info
         bucket = place_clip(info.width, info.height, info.num_frames, info.fps, info.max_gap_s, self._rules)

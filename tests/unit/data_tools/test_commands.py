@@ -77,7 +77,7 @@ def test_wrong_usage_has_status_2() -> None:
 
 
 def test_help_of_every_verb_has_an_example() -> None:
-    for verb in ("pack", "inspect"):
+    for verb in ("pack", "index", "inspect", "preview", "verify"):
         done = wan_data(verb, "--help")
         assert done.returncode == 0
         assert f"Example: wan-data {verb}" in done.stdout
