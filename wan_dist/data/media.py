@@ -5,7 +5,7 @@ image names. The container whitelist keeps out play lists, which can point to ot
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +17,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -101,11 +102,17 @@ def is_image(container: InputContainer) -> bool:
     return container.format.name.endswith("_pipe")
 
 
-def read_timeline(container: InputContainer, video: VideoStream) -> Timeline:
+def read_timeline(
+    container: InputContainer, video: VideoStream, on_packet: Callable[[Packet], None] = lambda _: None
+) -> Timeline:
     """Return the time line from the packets themselves, without decoding. The container is at its end afterwards.
 
     Headers are not believed: durations and frame counts in them are often wrong by a frame or more.
 
+    Args:
+        container: as opened.
+        video: its video stream.
+        on_packet: given every packet of a video, the empty one at its end included.
     Raises:
         MediaError: packets are missing or damaged, or stamps are missing or repeated.
     """
@@ -116,6 +123,7 @@ def read_timeline(container: InputContainer, video: VideoStream) -> Timeline:
     num_packets = num_damaged = 0
     try:
         for packet in container.demux(video):
+            on_packet(packet)
             if not packet.size:
                 continue
             num_packets += 1

@@ -7,8 +7,10 @@ import numpy as np
 from av import time_base as AV_TIME_BASE
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from wan_dist.data.media import (
     MediaError,
@@ -97,14 +99,14 @@ def probe_clip(source: Source, name: str) -> ClipInfo | Reject:
     """
     try:
         with open_media(source) as (container, video):
-            timeline = read_timeline(container, video)
+            first = _FirstFrame(video)
+            timeline = read_timeline(container, video, first.look)
             warnings = _stream_warnings(container, timeline)
-        with open_media(source) as (container, video):
-            frame = next(iter(container.decode(video)), None)
-            if frame is None:
-                raise MediaError("undecodable", "no frame comes out of the decoder; export it again")
             aspect = sample_aspect(video)
             still = is_image(container)
+            frame = next(iter(container.decode(video)), None) if still else first.get()
+        if frame is None:
+            raise MediaError("undecodable", "no frame comes out of the decoder; export it again")
         _check_frame(frame)
         width, height = display_size(frame.width, frame.height, aspect, frame.rotation)
         _check_size(width, height)
@@ -119,6 +121,28 @@ def probe_clip(source: Source, name: str) -> ClipInfo | Reject:
     except (FFmpegError, ValueError) as error:
         return Reject("undecodable", name, f"{error}; export it again")
     return _describe(width, height, frame.rotation, timeline, still, warnings)
+
+
+class _FirstFrame:
+    """Decodes packets until a frame comes out, while they are read for the time line: opening costs the most."""
+
+    def __init__(self, video: VideoStream) -> None:
+        self._video = video
+        self._frame: VideoFrame | None = None
+        self._error: FFmpegError | None = None
+
+    def look(self, packet: Packet) -> None:
+        if self._frame is None and self._error is None:
+            try:
+                self._frame = next(iter(self._video.decode(packet)), None)
+            except FFmpegError as error:
+                # Kept for later: that the file is cut off says more.
+                self._error = error
+
+    def get(self) -> VideoFrame | None:
+        if self._error is not None:
+            raise self._error
+        return self._frame
 
 
 def _check_frame(frame: VideoFrame) -> None:
