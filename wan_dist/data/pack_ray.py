@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def run_ray(
         _start(ray, num_workers)
     try:
         write = ray.remote(num_cpus=1)(_write)
-        waiting = {write.remote(task): task for task in tasks}
+        # Workers do not start in this folder.
+        waiting = {write.remote(_absolute(task)): task for task in tasks}
         while waiting:
             finished, _ = ray.wait(list(waiting), num_returns=1)
             task = waiting.pop(finished[0])
@@ -55,6 +57,10 @@ def run_ray(
 
 def _write(task: ShardTask) -> DoneShard:
     return next(iter(run_local([task], 1, lambda *_: None)))
+
+
+def _absolute(task: ShardTask) -> ShardTask:
+    return replace(task, source_dir=task.source_dir.absolute(), out_dir=task.out_dir.absolute())
 
 
 def _report(task: ShardTask, shard: DoneShard, on_clip: Callable[[int, list[str]], None]) -> None:

@@ -1,6 +1,7 @@
 """Turn one source file into the clips that are packed: check, cut, encode and filter it."""
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -11,6 +12,7 @@ import numpy as np
 from av.error import FFmpegError
 from numpy.typing import NDArray
 
+from wan_dist.core.errors import DataError
 from wan_dist.data.examine import examine, is_black, is_static
 from wan_dist.data.media import MediaError, Source, open_media, read_timeline
 from wan_dist.data.pack_rules import TRANSCODE_SIZES, ClipRules
@@ -20,6 +22,9 @@ from wan_dist.data.transcode import Segment, transcode
 
 SALVAGEABLE: Final = ("truncated", "corrupt", "missing_frames", "resolution_change", "repeated_timestamps")
 """Reasons before which whole frames may lie."""
+
+MIN_FREE_BYTES: Final = 1 << 16
+"""With less room than this on the disk for encoded clips, a failure is the disk's."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,27 @@ def prepare_clip(
         rules: what to do.
         work_dir: empty folder for encoded clips.
         tick: called now and then, as a sign of life.
+    Raises:
+        DataError: the disk is full.
     """
     try:
         return _prepare(source, name, rules, work_dir, tick)
     except MediaError as error:
+        _check_room(work_dir)
         return Prepared((), (Reject(error.code, name, error.hint),))
     except (FFmpegError, OSError, ValueError) as error:
+        _check_room(work_dir)
         return Prepared((), (Reject("undecodable", name, f"{error}; export it again"),))
+
+
+def _check_room(work_dir: Path) -> None:
+    """Blame the disk and not the clip where an encoded clip may have found no room."""
+    disk = os.statvfs(work_dir)
+    if disk.f_bavail * disk.f_frsize < MIN_FREE_BYTES:
+        raise DataError(
+            f"{work_dir.parent}: No space left on device; nothing half-written was left. Make room, then give the same "
+            "command again: finished shards are kept."
+        )
 
 
 def _prepare(source: Source, name: str, rules: ClipRules, work_dir: Path, tick: Callable[[], None]) -> Prepared:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
-from wan_dist.core.errors import WanDistError
+from wan_dist.core.errors import DataError, WanDistError
 from wan_dist.data.line_worker import ALIVE, LineWorker
 from wan_dist.data.pack_rules import ClipRules
 from wan_dist.data.prepare import Piece, Prepared, prepare_clip
@@ -60,7 +60,7 @@ class Prober:
             rules: what to do.
             work_dir: folder for encoded clips.
         Raises:
-            WanDistError: the rules cannot be followed at all, for example because a package is missing.
+            DataError: the rules cannot be followed at all: the disk is full, or a package is missing.
         """
         place = [str(span.path), span.offset, span.size]
         request = json.dumps([place, name, rules.as_json(), str(work_dir)]).encode()
@@ -69,7 +69,7 @@ class Prober:
         if answer:
             found = json.loads(answer)
             if "error" in found:
-                raise WanDistError(found["error"])
+                raise DataError(found["error"])
             pieces = tuple(Piece.from_json(row) for row in found["pieces"])
             return Prepared(pieces, tuple(Reject(**row) for row in found["rejects"]))
         if answer is None:

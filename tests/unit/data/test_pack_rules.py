@@ -202,24 +202,27 @@ def test_a_ray_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
 
 FULL_DISK = """
 mount -t tmpfs -o size=1m none "$2" || exit 77
-"$0" -m data_tools pack "$1" "$2"; status=$?
-ls -A "$2" >&2
+mkdir "$2/other" && head -c "$3" /dev/zero > "$2/other/file"
+"$0" -m data_tools pack "$1" "$2/out" $4; status=$?
+ls -A "$2/out" >&2
 exit $status
 """
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("taken_bytes", "options"), [(0, ""), (1_000_000, "--max-clip-seconds 1")])
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path: Path, taken_bytes: int, options: str) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()
     rng = np.random.default_rng(0)
     for number in range(3):
-        write_clip(clips / f"{number}.mp4", 3)
+        write_clip(clips / f"{number}.mp4", 60)
         with (clips / f"{number}.mp4").open("ab") as stream:  # a free box that players skip
             stream.write((800_000).to_bytes(4, "big") + b"free" + rng.bytes(799_992))
         (clips / f"{number}.txt").write_text("x")
     (tmp_path / "out").mkdir()
     # A file system of its own needs a user namespace, which some machines forbid.
     command = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, sys.executable, clips, tmp_path / "out"]
+    command += [str(taken_bytes), options]
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not installed")
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
