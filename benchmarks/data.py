@@ -1,10 +1,13 @@
-"""Benchmarks of the data side, each against its peers in one run: `python benchmarks/data.py pack [--quick]`."""
+"""Benchmarks of the data side, each against its peers in one run.
+
+Run `python benchmarks/data.py pack|read|order|decode [--quick]`.
+"""
 
 import argparse
 import os
 from importlib import import_module
 
-PARTS = {"pack": "data_pack"}
+PARTS = {"pack": "data_pack", "read": "data_read", "order": "data_order", "decode": "data_decode"}
 """Module of each part; it has `run(quick)`, which prints a table."""
 
 

@@ -264,3 +264,14 @@ def test_a_bucket_without_a_readable_clip_is_said_at_once(shards: Path, encoders
 def test_a_block_that_ranks_do_not_divide_is_our_own_mistake(shards: Path, encoders: Encoders) -> None:
     with pytest.raises(ValueError, match="block of 4 does not divide by 3 x 1"):
         open_batches(shards, encoders, world_size=3)
+
+
+def test_padding_weighs_nothing_and_the_rest_fills_in(shards: Path, encoders: Encoders) -> None:
+    batches = open_batches(shards, encoders)
+    batches._order = batches._dataset.order(BLOCK, 64, 5, "pad")
+    # 6 and 4 clips in blocks of 4: one block has two clips and two of padding.
+    steps = read(batches, 3)
+    weights = [[1.0 if b.loss_weights is None else float(b.loss_weights) for b in micro] for _, micro in steps]
+    assert sorted(weights) == sorted([[1.0] * 4, [1.0] * 4, [2.0, 2.0, 0.0, 0.0]])
+    real = [b.keys[0] for _, micro in steps for b in micro if b.loss_weights is None or float(b.loss_weights)]
+    assert len(set(real)) == len(real) == 10

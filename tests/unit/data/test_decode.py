@@ -19,6 +19,8 @@ KINDS = {
     "h264.mp4": {},
     "h264-open-gop.mp4": {"options": {**SMALL, "x264-params": "open-gop=1:keyint=12:bframes=3"}},
     "h264.mkv": {},
+    "h264.ts": {},
+    "one-keyframe.ts": {"options": {**SMALL, "g": "1000"}},
     "hevc.mp4": {"codec": "libx265", "options": {"preset": "ultrafast", "x265-params": "keyint=12:log-level=none"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},
     "mpeg4.avi": {"codec": "mpeg4", "options": {"g": "12"}},
