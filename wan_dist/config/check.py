@@ -19,7 +19,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
     Args:
         values: dotted key to value, well-typed; a check whose keys are not all there is left out.
     """
-    problems = _optim_problems(values) + _deepspeed_problems(values)
+    problems = _optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values)
     if "model.variant" in values:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)
@@ -86,6 +86,22 @@ def _optim_problems(values: Mapping[str, Any]) -> list[Problem]:
         for index, beta in enumerate(values.get("optim.betas", ()))
         if not 0 <= beta < 1
     ]
+
+
+def _stream_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return the keys that a stream would ignore."""
+    if values.get("data.source") != "stream":
+        return []
+    unset = {"data.tail": "carry", "data.validation": None, "data.cache_dir": None}
+    problems = [
+        Problem(tuple(key.split(".")), f"{key} = {values[key]}: data.source = stream cannot do this; remove it.")
+        for key, default in unset.items()
+        if values.get(key, default) != default
+    ]
+    if not isinstance(values.get("data.shards", ""), str):
+        text = "data.shards is a list: data.source = stream reads one name; use braces such as data-{000..099}.tar."
+        problems.append(Problem(("data", "shards"), text))
+    return problems
 
 
 def _deepspeed_problems(values: Mapping[str, Any]) -> list[Problem]:

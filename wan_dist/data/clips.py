@@ -63,9 +63,8 @@ class ClipDataset:
         self._rows = [list(a.rows) for a in assigned]
         self.drops = dict(sum((Counter(a.drops) for a in assigned), Counter()))
         self._count()
-        identity = (
-            [m.identity() for m in self._mixed] if len(self._mixed) > 1 else self._mixed[0].shards.manifest.digest
-        )
+        alone = len(self._mixed) == 1 and self._mixed[0].is_plain
+        identity = self._mixed[0].shards.manifest.digest if alone else [m.identity() for m in self._mixed]
         content = json.dumps([identity, DECODE_RULES, rules.as_json()], sort_keys=True)
         self.digest = hashlib.sha256(content.encode()).hexdigest()
         self._decoder_name = f"{av.__version__}/{av.ffmpeg_version_info}/{DECODE_RULES}"

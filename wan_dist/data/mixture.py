@@ -43,6 +43,11 @@ class MixedShards:
     repeats: float = 1.0
     loss_weight: float = 1.0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each of its clips comes once per epoch and weighs 1."""
+        return (self.repeats, self.loss_weight) == (1.0, 1.0)
+
     def identity(self) -> list[Any]:
         """Return what decides which samples come from it, as JSON values."""
         return [self.shards.manifest.digest, self.weight, self.repeats, self.loss_weight]

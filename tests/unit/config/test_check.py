@@ -77,3 +77,13 @@ def test_missing_folders_are_named_in_a_line_each(tmp_path: Path, monkeypatch: p
     Path("s").mkdir()
     Path("s/manifest.json").write_text("{}")
     check_paths(cfg)
+
+
+def test_a_stream_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(TI2V, ["data.source=stream", "data.tail=pad", "data.shards=[{path: a}]", "data.cache_dir=c"])
+    message = str(caught.value)
+    assert "data.tail = pad: data.source = stream cannot do this" in message
+    assert "data.cache_dir = c" in message
+    assert "data.shards is a list" in message
+    load_config(TI2V, ["data.source=stream", "data.shards=a/data-{000..099}.tar"])
