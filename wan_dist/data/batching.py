@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wan_dist.core.errors import DataError, StorageError
 from wan_dist.core.order import Block, SampleOrder
-from wan_dist.core.rng import seed_of
+from wan_dist.core.rng import seed_of, uniform
 from wan_dist.data.cached import CachedSamples, padded
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.encode import Encoders
@@ -172,21 +172,38 @@ class ClipBatches:
         )
 
     def _read_exactly(self, bucket: int, position: int, place: int) -> _Sample:
+        ref = self._order.at(bucket, place)
+        row = self._dataset.row_of(bucket, ref.shard, ref.index)
+        weight = self._dataset.loss_weight(ref.shard)
+        latents, text = self._read_cached(bucket, position, ref.shard, row)
+        if self._cached and latents is not None and text is not None:
+            key = self._cached.key_of(ref.shard, row)
+            return _Sample(position, key, "", "", None, (), weight, latents, text)
         clip, prompt = draw_sample(
             self._dataset,
-            self._order.at(bucket, place),
+            ref,
             bucket=bucket,
             position=position,
             seed=self._seed,
             caption_dropout=self._caption_dropout,
         )
-        cached = self._cached
-        latents = cached.read_latents(clip, self._parts) if cached and cached.has_latents else None
-        text = cached.read_text(clip, prompt) if cached and cached.has_text else None
         known = latents is not None or self._latents_cache.get(clip.cache_key) is not None
         frames = None if known else self._dataset.frames(clip)
-        weight = self._dataset.loss_weight(clip.shard)
         return _Sample(position, clip.key, prompt, clip.cache_key, frames, (), weight, latents, text)
+
+    def _read_cached(
+        self, bucket: int, position: int, shard: int, row: int
+    ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+        """Return what is cached of a sample; its draws are those of `draw_sample`."""
+        cached, latents, text = self._cached, None, None
+        if cached and cached.has_latents:
+            latents = cached.read_latents(shard, row, self._dataset.buckets[bucket], self._parts)
+        if cached and cached.has_text:
+            if uniform(self._seed, "caption_dropout", bucket, position) < self._caption_dropout:
+                text = cached.empty_text
+            else:
+                text = cached.read_text(shard, row, uniform(self._seed, "caption", bucket, position))
+        return latents, text
 
     def _batches(self, block: Block, futures: Sequence[Future[_Sample]]) -> Iterator[Batch]:
         for start in range(0, len(futures), self._micro):

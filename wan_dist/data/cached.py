@@ -9,7 +9,6 @@ from torch import Tensor
 
 from wan_dist.core.buckets import Bucket
 from wan_dist.core.errors import DataError
-from wan_dist.data.clips import LocatedClip
 from wan_dist.data.encode import MAX_TEXT_TOKENS
 from wan_dist.data.family_reader import FamilyReader, read_empty, tensor_of
 
@@ -40,41 +39,63 @@ class CachedSamples:
         self._empty = read_empty(text[0].family) if text else None
         self._shapes = [_LatentShape(reader.family.fingerprint["vae"]["config"]) for reader in latents or ()]
 
-    def read_latents(self, clip: LocatedClip, parts: Sequence[str]) -> dict[str, Tensor]:
+    def key_of(self, shard: int, row: int) -> str:
+        """Return the key of a clip."""
+        place, number = self._place(shard)
+        readers = self._latents or self._text
+        assert readers is not None, "nothing is cached"
+        return readers[place].key_of(number, row)
+
+    def read_latents(self, shard: int, row: int, bucket: Bucket, parts: Sequence[str]) -> dict[str, Tensor]:
         """Return some tensors of a clip's latents, [C, f, h, w] bf16 on the CPU: posterior means, not normalised.
 
+        Args:
+            shard: number of the shard.
+            row: row of the clip in the shard's index.
+            bucket: the shape of its frames.
+            parts: names of the tensors.
         Raises:
             DataError: they are not cached, damaged, not finite, or of another shape than the clip's bucket gives.
         """
         assert self._latents is not None, "latents are not cached"
-        place, shard = self._place(clip.shard)
-        tensors = self._latents[place].read(shard, clip.row)
-        found = {part: tensor_of(tensors, part, clip.key) for part in parts}
+        place, number = self._place(shard)
+        tensors = self._latents[place].read(number, row)
+        key = self._latents[place].key_of(number, row)
+        found = {part: tensor_of(tensors, part, key) for part in parts}
         for part, tensor in found.items():
-            wanted = self._shapes[place].of(clip.bucket, part)
+            wanted = self._shapes[place].of(bucket, part)
             if tuple(tensor.shape) != wanted:
                 raise DataError(
-                    f"{self._latents[place].family.folder}: sample {clip.key}: {part} has shape {list(tensor.shape)}, "
+                    f"{self._latents[place].family.folder}: sample {key}: {part} has shape {list(tensor.shape)}, "
                     f"its bucket gives {list(wanted)}; cache the latents again."
                 )
         return found
 
-    def read_text(self, clip: LocatedClip, prompt: str) -> Tensor:
-        """Return the embedding of one of a clip's captions, or of the empty prompt, [L, D] bf16 on the CPU.
+    @property
+    def empty_text(self) -> Tensor:
+        """Embedding of the empty prompt, [L, D] bf16 on the CPU."""
+        assert self._empty is not None, "text is not cached"
+        return self._empty
 
+    def read_text(self, shard: int, row: int, choice: float) -> Tensor:
+        """Return the embedding of one of a clip's captions, [L, D] bf16 on the CPU.
+
+        Args:
+            shard: number of the shard.
+            row: row of the clip in the shard's index.
+            choice: draw from [0, 1) that picks the caption, as `wan_dist.data.samples.draw_sample` picks it.
         Raises:
             DataError: it is not cached, damaged, not finite or of another shape.
         """
         assert self._text is not None, "text is not cached"
-        assert self._empty is not None
-        if not prompt:
-            return self._empty
-        place, shard = self._place(clip.shard)
-        embed = tensor_of(self._text[place].read(shard, clip.row), f"caption_{clip.captions.index(prompt)}", clip.key)
-        if embed.ndim != 2 or len(embed) > MAX_TEXT_TOKENS or embed.shape[1] != self._empty.shape[1]:
+        place, number = self._place(shard)
+        tensors = self._text[place].read(number, row)
+        key, width = self._text[place].key_of(number, row), self.empty_text.shape[1]
+        embed = tensor_of(tensors, f"caption_{int(choice * len(tensors))}", key)
+        if embed.ndim != 2 or len(embed) > MAX_TEXT_TOKENS or embed.shape[1] != width:
             raise DataError(
-                f"{self._text[place].family.folder}: sample {clip.key}: an embedding has shape {list(embed.shape)}, "
-                f"wanted are up to {MAX_TEXT_TOKENS} tokens of {self._empty.shape[1]}; cache the text again."
+                f"{self._text[place].family.folder}: sample {key}: an embedding has shape {list(embed.shape)}, "
+                f"wanted are up to {MAX_TEXT_TOKENS} tokens of {width}; cache the text again."
             )
         return embed
 

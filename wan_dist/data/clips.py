@@ -210,6 +210,10 @@ class ClipDataset:
         cache_key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         return LocatedClip(row["key"].decode(), captions, cache_key, shape, shard, number, choice, crop_xy, fps)
 
+    def row_of(self, bucket: int, shard: int, index: int) -> int:
+        """Return the row of a clip in its shard's index; arguments are those of `locate`, which reads and hashes."""
+        return int(self._rows[shard][bucket][index])
+
     def frames(self, clip: LocatedClip) -> NDArray[np.uint8]:
         """Return the frames of a located sample, [F, H, W, 3] RGB in 0..255.
 

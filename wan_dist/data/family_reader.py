@@ -60,6 +60,10 @@ class FamilyReader:
             raise DataError(f"{name}: damaged (checksum differs); {_ADVICE}.")
         return parse_tensors(buffer, name)
 
+    def key_of(self, shard: int, row: int) -> str:
+        """Return the key of a clip."""
+        return self._shard(shard).rows[row]["key"].decode()
+
     def _shard(self, number: int) -> "_OpenShard":
         with self._lock:
             opened = self._open.get(number)

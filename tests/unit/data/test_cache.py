@@ -316,9 +316,9 @@ def test_a_bad_cached_sample_is_replaced_like_a_bad_clip(
 def test_latents_of_another_shape_are_refused(material: Material, families: tuple[Family, Family]) -> None:
     cached = cached_of(material, families)
     clip = material.dataset.locate(0, 1, 0, choice=0.0, crop_xy=(0.5, 0.5))
-    larger = replace(clip, bucket=replace(clip.bucket, num_frames=9))
+    larger = replace(clip.bucket, num_frames=9)
     with pytest.raises(DataError, match=r"latents has shape \[.*its bucket gives"):
-        cached.read_latents(larger, ("latents",))
+        cached.read_latents(clip.shard, clip.row, larger, ("latents",))
 
 
 def test_a_fingerprint_names_what_differs(material: Material, families: tuple[Family, Family], tmp_path: Path) -> None:
