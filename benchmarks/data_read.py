@@ -108,7 +108,7 @@ def _webdataset(family: Family) -> Iterator[object]:
 
 
 def _ours(shards: Path, family: Family, size: tuple[int, int], num_threads: int) -> Iterator[object]:
-    """Sample order with its state, buckets, index, shape, checksum, and the search for NaN."""
+    """Sample order with its state, buckets, index, shape, checksum, and the search for NaN on first sight."""
     dataset = ClipDataset.open(shards, sizes=[size], **RULES)
     cached = CachedSamples([NUM_SHARDS], [FamilyReader(family)], None)
     order = dataset.order(BLOCK, 64, 0)
