@@ -41,7 +41,7 @@ venv: .venv/.installed  ## Make .venv with what training needs
 venv-dev: .venv/.installed-dev  ## Make .venv with what development needs too
 
 quickstart: .venv/.installed  ## Install, then go from drawn clips to sampled videos in minutes, on a CPU
-	$(BIN)/wan-dist quickstart
+	$(BIN)/wan-dist quickstart --restart
 
 test: lint  ## Check style, types and layers, then run the tests
 	$(BIN)/python -m pytest

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from wan_dist.config.load import load_config
+from wan_dist.core.buckets import FIXED_RULES
 from wan_dist.core.errors import ConfigError, ModelError
 from wan_dist.data.cache import FamilyPlan, read_done
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.decode_worker import open_decoder
 from wan_dist.data.fingerprint import (
-    FIXED_RULES,
     digest_of,
     latents_fingerprint,
     text_fingerprint,

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.proof
 PROGRAM = Path(__file__).with_name("sabotaged_train.py")
 CAPTIONS = ("a red circle moves up", "a blue square moves to the left")
 SIZE = {"width": 64, "height": 64, "num_frames": 9}
-NUM_STEPS = 900
+NUM_STEPS = 700
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-EPILOG = "Example: wan-dist consolidate runs/quickstart export/quickstart --format diffusers"
+EPILOG = "Example: wan-dist consolidate quickstart/run export/quickstart --format diffusers"
 
 
 def consolidate(

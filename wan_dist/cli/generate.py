@@ -8,7 +8,7 @@ import typer
 
 EPILOG = (
     'Example: wan-dist generate quickstart/export --prompt "a red circle moves to the left" --out red.mp4 '
-    "--width 96 --height 96 --num-frames 17 --fps 8"
+    "--width 96 --height 96 --num-frames 9 --fps 8 --num-inference-steps 30 --guidance-scale 1"
 )
 
 

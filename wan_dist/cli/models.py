@@ -9,9 +9,7 @@ import typer
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make pipeline folders.")
 
 
-@app.command(
-    "make-tiny", epilog="Example: wan-dist models make-tiny --variant ti2v-5B models/tiny-5b --captions captions.jsonl"
-)
+@app.command("make-tiny", epilog="Example: wan-dist models make-tiny --variant ti2v-5B models/tiny-5b")
 def make_tiny(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     variant: Annotated[str, typer.Option(help="ti2v-5B, t2v-A14B or i2v-A14B.")] = "ti2v-5B",

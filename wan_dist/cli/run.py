@@ -50,6 +50,12 @@ def _status_of(app: typer.Typer, prog: str) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return 1
+    except OSError as error:
+        # A path that cannot be read or written is the user's to mend; an error without one is ours.
+        if error.filename is None:
+            raise
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        return _report(prog, f"{os.fsdecode(error.filename)}: {(error.strerror or str(error)).lower()}.", 1)
     except Exit as stop:
         return stop.exit_code
     # Outside standalone mode typer returns the status of `typer.Exit`, and otherwise what the command returned.

@@ -1,13 +1,14 @@
 """What makes a well-typed config wrong all the same: the variant's constants, and what is on the disk."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
+from wan_dist.core.buckets import FIXED_RULES
 from wan_dist.core.errors import ConfigError, DataError, ModelError, WanDistError
-from wan_dist.data.fingerprint import FIXED_RULES
 from wan_dist.data.stores import is_remote
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel.ds_config import deepspeed_config
@@ -28,13 +29,14 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def check_paths(cfg: TrainConfig) -> None:
-    """Return if the model folder and the shards that a config names are there.
+    """Return if the model folder and the shards that a config names are there and the run folder can be written.
 
     Relative paths are relative to the current folder, wherever the config file lies.
 
     Args:
         cfg: a loaded configuration.
     Raises:
+        ConfigError: `run_dir` cannot be made or written to.
         ModelError: `model.path` is not a diffusers folder.
         DataError: `data.shards` is not a folder of packed shards.
     """
@@ -51,8 +53,18 @@ def check_paths(cfg: TrainConfig) -> None:
         if path not in ("auto", "none") and (text := _folder_problem(Path(path), "manifest.json")):
             advice = "write it with `wan-data cache`, or use auto or none"
             found.append(DataError(f"data.{key} = {path}: {text}; {advice}."))
+    if text := _output_problem(Path(cfg.run_dir)):
+        found.append(ConfigError(f"run_dir = {cfg.run_dir}: {text}; choose another."))
     if found:
         raise type(found[0])("\n".join(str(error) for error in found))
+
+
+def _output_problem(folder: Path) -> str | None:
+    """Return why nothing can be written into a folder that may not exist yet."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is not a folder"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
 
 
 def _shard_folders(cfg: TrainConfig) -> list[tuple[str, str]]:

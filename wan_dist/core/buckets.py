@@ -14,6 +14,9 @@ REASONS: dict[str, str] = {
 }
 """Why a clip goes to no bucket, and what the user can change."""
 
+FIXED_RULES = ("head", "center", "uniform")
+"""Values of `data.frame_choice` and `data.crop` that show the same pixels on every visit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bucket:

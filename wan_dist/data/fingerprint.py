@@ -25,9 +25,6 @@ FORMAT_VERSION: Final = 1
 
 Kind = Literal["latents", "text"]
 
-FIXED_RULES: Final = ("head", "center", "uniform")
-"""Values of `data.frame_choice` and `data.crop` that show the same pixels on every visit."""
-
 _MEDIA_FIELDS: Final = ("key", "media_ext", "media_size", "media_crc32", "width", "height", "num_frames", "fps")
 _CAPTION_FIELDS: Final = ("key", "json_size", "json_crc32")
 _MAX_SHOWN: Final = 40

@@ -1,6 +1,7 @@
 """What every kind of source is listed as, and the clips in a folder."""
 
 import os
+import stat as stat_kind
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -95,4 +96,7 @@ def file_source(file: Path, path: str, captions: tuple[str, ...]) -> Source | Re
         stat = file.stat()
     except OSError as error:
         return Reject("unreadable", path, f"{error.strerror}; check the file or the link")
+    if not stat_kind.S_ISREG(stat.st_mode):
+        # Opening a pipe waits for whoever writes into it.
+        return Reject("unreadable", path, "not a regular file; remove it or copy its content into one")
     return Source(path, stat.st_size, stat.st_mtime_ns, captions)

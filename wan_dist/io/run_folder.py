@@ -1,12 +1,13 @@
 """The run folder: where each file of a run lies, and the small ones that describe it."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from wan_dist.core.errors import CheckpointError
 from wan_dist.io.hashing import write_json_atomic, write_text_atomic
@@ -14,6 +15,7 @@ from wan_dist.io.hashing import write_json_atomic, write_text_atomic
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
 METRICS_NAME = "metrics.jsonl"
+_LOCK_NAME = ".lock"
 _UNDER_WAY = ("starting", "training", "saving")
 _PACKAGES = ("wan_dist", "torch", "deepspeed", "diffusers", "transformers", "safetensors", "webdataset", "av")
 
@@ -21,6 +23,29 @@ _PACKAGES = ("wan_dist", "torch", "deepspeed", "diffusers", "transformers", "saf
 def checkpoints_dir(run_dir: Path) -> Path:
     """Return the folder of a run's checkpoints."""
     return run_dir / CHECKPOINTS_NAME
+
+
+def claim_run(run_dir: Path) -> IO[str]:
+    """Return the open lock file of a run folder, made if absent; the claim ends with the process that holds it.
+
+    Raises:
+        CheckpointError: another process trains in this folder.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = (run_dir / _LOCK_NAME).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        holder = handle.read().strip() or "unknown"
+        handle.close()
+        raise CheckpointError(
+            f"{run_dir}: process {holder} is training there; wait for it, stop it, or choose another run_dir."
+        ) from None
+    handle.truncate(0)
+    handle.write(f"{os.getpid()}\n")
+    handle.flush()
+    return handle
 
 
 def describe_run(run_dir: Path, *, config_yaml: str, ds_config: dict[str, Any], world_size: int) -> None:

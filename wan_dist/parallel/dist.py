@@ -64,6 +64,10 @@ def start(ranks: Ranks, *, timeout_s: float) -> None:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        # The ranks of a machine share its cores; the number of threads also decides the last digits on a CPU.
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max((os.cpu_count() or 1) // local_size, 1))
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:

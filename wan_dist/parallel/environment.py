@@ -55,11 +55,15 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def build_guard(*, wait_s: float = 1800.0) -> Iterator[None]:
+def build_guard(*, builds: bool = True, wait_s: float = 1800.0) -> Iterator[None]:
     """Hold the exclusive right to build DeepSpeed operators on this machine, leftovers of killed builds removed.
 
     In a folder that the user shares with other programs (TORCH_EXTENSIONS_DIR was set) a leftover is not ours to
     delete: one older than `STALE_AFTER_S` is reported.
+
+    Args:
+        builds: whether something will be compiled; a leftover that nobody will wait for is not reported.
+        wait_s: seconds to wait for another process that builds.
 
     Raises:
         LaunchError: another process kept the guard for `wait_s` seconds, or a foreign lock file looks stale.
@@ -68,7 +72,9 @@ def build_guard(*, wait_s: float = 1800.0) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _BUILD_LOCK).open("a") as handle:
         _lock(handle.fileno(), folder, wait_s)
-        _clear_leftovers(folder, own=os.environ.get(_OWN_DIR_VARIABLE) == "1")
+        own = os.environ.get(_OWN_DIR_VARIABLE) == "1"
+        if own or builds:
+            _clear_leftovers(folder, own=own)
         yield
 
 

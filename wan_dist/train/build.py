@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from wan_dist.core.errors import CheckpointError
 from wan_dist.core.flow_matching import SigmaSampler
 from wan_dist.io import checkpoint as checkpoints
 from wan_dist.io.checkpoint import Checkpoint
-from wan_dist.io.run_folder import checkpoints_dir, describe_run, mark_failed, write_status
+from wan_dist.io.run_folder import checkpoints_dir, claim_run, describe_run, mark_failed, write_status
 from wan_dist.models.wan.transformer import (
     empty_transformer,
     read_transformer_config,
@@ -60,6 +60,7 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     num_accumulated = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
+    claim = _claim(run_dir, ranks)
     batches, digest = build_batches(cfg, ranks)
     identity = run_identity(cfg, digest)
     checkpoint = find_resume(checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
@@ -78,7 +79,22 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         raise
     finally:
         batches.close()
+        if claim:
+            claim.close()
     return _finish(run_dir, ranks, stop, state, cfg.train.num_steps)
+
+
+def _claim(run_dir: Path, ranks: Ranks) -> IO[str] | None:
+    """Return rank 0's claim on the run folder, None elsewhere; collective, refused on all ranks alike."""
+    claim, problem = None, None
+    if ranks.is_main:
+        try:
+            claim = claim_run(run_dir)
+        except CheckpointError as error:
+            problem = str(error)
+    if problem := dist.from_main(problem, ranks):
+        raise CheckpointError(problem)
+    return claim
 
 
 def _check_transformer(cfg: TrainConfig) -> None:
@@ -205,7 +221,8 @@ def build_engine(cfg: TrainConfig, variant: WanVariant, ds_config: dict[str, Any
         model.enable_gradient_checkpointing()
     offloaded = cfg.parallel.offload_optimizer == "cpu" and ranks.device.type != "cpu"
     options = OptimizerOptions(cfg.optim.lr, cfg.optim.betas, cfg.optim.eps, cfg.optim.weight_decay, offloaded)
-    with build_guard():
+    # Only an accelerator whose optimizer is offloaded makes DeepSpeed compile something.
+    with build_guard(builds=offloaded):
         optimizer = OPTIMIZERS[cfg.optim.name](model.parameters(), options)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     logger.info("%s: %.1f M parameters", folder, sum(p.ds_numel for p in model.parameters()) / 1e6)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from wan_dist.config.schema import TrainConfig
+from wan_dist.core.buckets import FIXED_RULES
 from wan_dist.core.errors import DataError
 from wan_dist.data.cached import CachedSamples
 from wan_dist.data.family import find_families, open_family, read_fingerprint
 from wan_dist.data.family_reader import FamilyReader
 from wan_dist.data.fingerprint import (
-    FIXED_RULES,
     Kind,
     differences,
     digest_of,

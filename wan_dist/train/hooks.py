@@ -164,8 +164,8 @@ class CheckpointHook:
         folder = checkpoints.save(self._engine, self._root, state.step, payload)
         self._saved_step = state.step
         if self._ranks.is_main:
-            checkpoints.prune(self._root, self._keep_last)
             logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)
+            checkpoints.prune(self._root, self._keep_last)
 
     def _check_finite(self, state: TrainState, result: StepResult) -> None:
         if not math.isfinite(mean_over_ranks(float(result.loss.item()), self._ranks)):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.config.check import check_paths
+from wan_dist.config.check import _output_problem, check_paths
 from wan_dist.config.load import load_config
 from wan_dist.config.resources import configs_dir
 from wan_dist.core.errors import ConfigError, DataError, ModelError
@@ -87,3 +87,11 @@ def test_a_stream_refuses_what_it_cannot_do() -> None:
     assert "data.cache_dir = c" in message
     assert "data.shards is a list" in message
     load_config(TI2V, ["data.source=stream", "data.shards=a/data-{000..099}.tar"])
+
+
+@pytest.mark.parametrize("run_dir", ["file", "file/inside"])
+def test_a_run_folder_that_cannot_be_made_is_named_before_the_start(tmp_path: Path, run_dir: str) -> None:
+    (tmp_path / "file").write_text("")
+    found = _output_problem(tmp_path / run_dir)
+    assert found == f"{tmp_path / 'file'} is not a folder"
+    assert _output_problem(tmp_path / "new" / "deeper") is None

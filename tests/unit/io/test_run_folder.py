@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wan_dist.core.errors import CheckpointError
-from wan_dist.io.run_folder import describe_run, keep_metrics_before, mark_failed, read_status, write_status
+from wan_dist.io.run_folder import claim_run, describe_run, keep_metrics_before, mark_failed, read_status, write_status
 
 
 def gone_pid() -> int:
@@ -76,3 +76,11 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> Non
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     keep_metrics_before(tmp_path / "absent.jsonl", 3)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_a_run_folder_has_one_process_at_a_time(tmp_path: Path) -> None:
+    claim = claim_run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=f"process {os.getpid()} is training there"):
+        claim_run(tmp_path / "run")
+    claim.close()
+    claim_run(tmp_path / "run").close()

@@ -65,6 +65,14 @@ def test_a_stale_leftover_in_a_users_folder_is_named_and_kept(extensions: Path) 
     assert lock.exists()
 
 
+def test_a_stale_lock_that_nobody_waits_for_is_left_alone(extensions: Path) -> None:
+    lock = extensions / "cpu_adam" / "lock"
+    old = time.time() - STALE_AFTER_S - 60
+    os.utime(lock, (old, old))
+    with build_guard(builds=False):
+        assert lock.exists()
+
+
 def test_a_fresh_lock_in_a_users_folder_may_be_a_build_under_way(extensions: Path) -> None:
     with build_guard():
         assert (extensions / "cpu_adam" / "lock").exists()
