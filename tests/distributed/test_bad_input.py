@@ -105,11 +105,15 @@ RESUME: dict[str, tuple[list[str], list[str]]] = {
 def refused_resumes(material: Material, done: Job) -> dict[str, Finished]:
     other = pack_clips(material.folder / "other", draw_clips(9, 64, 64)[8:10], fps=8.0)
     names = {"new": material.folder / "run-new", "other": other}
+    # They run at the same time, and one process at a time may claim a run folder: each gets a copy.
+    copies = {name: material.folder / f"run-refused-{name}" for name in (*RESUME, "ranks")}
+    for copy in copies.values():
+        shutil.copytree(done.run_dir, copy)
     commands: dict[str, Command] = {
-        name: ("train", done.config, QUIET, *[change.format(**names) for change in changes])
+        name: ("train", done.config, QUIET, f"run_dir={copies[name]}", *[change.format(**names) for change in changes])
         for name, (changes, _) in RESUME.items()
     }
-    commands["ranks"] = ("launch", done.config, "--num-gpus", 2, QUIET)
+    commands["ranks"] = ("launch", done.config, "--num-gpus", 2, QUIET, f"run_dir={copies['ranks']}")
     return run_all(commands)
 
 
@@ -124,8 +128,10 @@ def test_a_mistake_is_said_once_by_two_ranks(refused_resumes: dict[str, Finished
 
 def test_a_refused_start_leaves_the_run_folder_as_it_was(refused_resumes: dict[str, Finished], done: Job) -> None:
     assert refused_resumes
-    assert done.status()["state"] == "finished"
-    assert "seed: 0" in (done.run_dir / "config.yaml").read_text()
+    for name in ("seed", "batch", "data", "never"):
+        copy = done.run_dir.with_name(f"run-refused-{name}")
+        assert (copy / "config.yaml").read_text() == (done.run_dir / "config.yaml").read_text()
+        assert json.loads((copy / "status.json").read_text())["state"] == "finished"
 
 
 MODELS: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
