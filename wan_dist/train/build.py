@@ -60,9 +60,9 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     num_accumulated = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
-    claim = _claim(run_dir, ranks)
     batches, digest = build_batches(cfg, ranks)
     identity = run_identity(cfg, digest)
+    claim = _claim(run_dir, ranks)
     checkpoint = find_resume(checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
     # What was refused until here leaves the folder of the run that it would have changed as it was.
     ds_config = deepspeed_settings(cfg, ranks, num_accumulated)
