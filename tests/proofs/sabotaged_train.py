@@ -8,18 +8,16 @@ import sys
 from wan_dist.core import flow_matching
 from wan_dist.data.encode import Encoders
 
-SHIFT = 5.0
 
-
-def _unshifted_timestep(sigma):
-    return sigma / (SHIFT - (SHIFT - 1) * sigma) * 1000
+def _shift_backwards(u, shift):
+    return u / (shift - (shift - 1) * u)
 
 
 BREAKAGES = {
     "none": lambda: None,
     "velocity sign": lambda: setattr(flow_matching, "velocity", lambda latents, noise: latents - noise),
     "timestep scale": lambda: setattr(flow_matching, "timestep_of", lambda sigma: sigma),
-    "shift left out of the timestep": lambda: setattr(flow_matching, "timestep_of", _unshifted_timestep),
+    "shift applied backwards": lambda: setattr(flow_matching, "shift_sigma", _shift_backwards),
     "normalisation": lambda: setattr(Encoders, "normalise", lambda self, latents: latents.float()),
 }
 

@@ -121,9 +121,7 @@ def test_each_caption_gives_its_clip_back(lesson, tmp_path):
     assert _memorised(similarity), similarity
 
 
-@pytest.mark.parametrize(
-    "breakage", ["velocity sign", "timestep scale", "shift left out of the timestep", "normalisation"]
-)
+@pytest.mark.parametrize("breakage", ["velocity sign", "timestep scale", "shift applied backwards", "normalisation"])
 def test_a_broken_formula_is_noticed(lesson, tmp_path, breakage):
     similarity = _memorise(lesson, tmp_path, breakage)
     assert not _memorised(similarity), similarity
