@@ -34,7 +34,7 @@ def main(config: str, out: str) -> None:
     for number, batch in enumerate(micro_batches):
         if number:
             engine.step()  # counts a micro-step; only the last one would update
-        loss = objective.loss(engine, batch)
+        loss = objective.loss(engine, batch).loss
         engine.backward(loss)
         losses.append(float(loss.detach()))
         positions += [(batch.bucket, p) for p in batch.positions]

@@ -75,7 +75,7 @@ def train_step(engine: Any, objective: Objective, batches: Iterable[Batch]) -> t
     clock = time.perf_counter()
     for batch in batches:
         waited_s += time.perf_counter() - clock
-        loss = objective.loss(engine, batch)
+        loss = objective.loss(engine, batch).loss
         engine.backward(loss)
         engine.step()  # updates on the last micro-batch only
         losses.append(loss.detach())

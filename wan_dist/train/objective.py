@@ -15,6 +15,21 @@ from wan_dist.models.wan.forward import predict_velocity
 
 
 @dataclass(frozen=True)
+class LossTerms:
+    """What one micro-batch gave.
+
+    Attributes:
+        loss: scalar fp32, what is differentiated: the mean over samples of loss times weight.
+        sample_losses: [B] fp32, detached; each sample's own loss, before any weight.
+        sigma: [B] fp32, the noise level at which each was taken.
+    """
+
+    loss: Tensor
+    sample_losses: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True)
 class Objective:
     """Flow matching on one expert's range of noise levels.
 
@@ -43,8 +58,8 @@ class Objective:
         ]
         return torch.stack(samples).to(batch.latents.device)
 
-    def loss(self, transformer: Any, batch: Batch) -> Tensor:
-        """Return the mean squared error of the predicted velocity, weighted by sample where weights are given, fp32."""
+    def loss(self, transformer: Any, batch: Batch) -> LossTerms:
+        """Return the mean squared error of the predicted velocity, weighted by sample where weights are given."""
         sigma, noise = self.draw_sigma(batch), self.draw_noise(batch)
         noisy_latents = flow_matching.add_noise(batch.latents, noise, sigma)
         predicted = predict_velocity(
@@ -55,7 +70,6 @@ class Objective:
             None if batch.condition is None else batch.condition.to(self.dtype),
         )
         target = flow_matching.velocity(batch.latents, noise)
-        if batch.loss_weights is None:
-            return F.mse_loss(predicted.float(), target)
-        squared = F.mse_loss(predicted.float(), target, reduction="none")
-        return (squared.flatten(1).mean(1) * batch.loss_weights).mean()
+        samples = F.mse_loss(predicted.float(), target, reduction="none").flatten(1).mean(1)
+        weighted = samples if batch.loss_weights is None else samples * batch.loss_weights
+        return LossTerms(weighted.mean(), samples.detach(), sigma)

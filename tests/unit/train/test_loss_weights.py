@@ -12,7 +12,10 @@ def loss(monkeypatch_target: torch.Tensor, weights: torch.Tensor | None, count: 
     latents = torch.arange(3 * 8, dtype=torch.float32).view(3, 2, 1, 2, 2)[:count] / 24
     sampler = SigmaSampler(shift=1.0, sampling="uniform", logit_mean=0.0, logit_std=1.0, sigma_min=0.0, sigma_max=1.0)
     batch = Batch(("k",) * count, 0, tuple(range(count)), latents, monkeypatch_target[:count], None, weights)
-    return float(Objective(sampler, torch.float32, 0).loss(None, batch))
+    terms = Objective(sampler, torch.float32, 0).loss(None, batch)
+    assert terms.sample_losses.shape == terms.sigma.shape == (count,)
+    assert not terms.sample_losses.requires_grad
+    return float(terms.loss)
 
 
 def test_weighted_samples_average_as_if_padding_were_not_there(monkeypatch) -> None:
