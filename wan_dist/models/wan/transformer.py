@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from wan_dist.core.errors import ModelError
+from wan_dist.models.wan.compact import bind_compact
 from wan_dist.models.wan.variants import WanVariant
 
 EXPERT_FOLDERS = {"high_noise": "transformer", "low_noise": "transformer_2"}
@@ -51,13 +52,17 @@ def read_transformer_config(folder: Path, variant: WanVariant) -> dict[str, Any]
 
 
 def empty_transformer(config: dict[str, Any]) -> nn.Module:
-    """Return a `WanTransformer3DModel` of this config whose weights are allocated and not initialised."""
+    """Return a `WanTransformer3DModel` of this config whose weights are allocated and not initialised.
+
+    It also takes a timestep of its own for the first latent frame, see `wan_dist.models.wan.compact`.
+    """
     from diffusers import WanTransformer3DModel
     from diffusers.models.modeling_utils import no_init_weights
 
     with no_init_weights():
         model = WanTransformer3DModel.from_config(config)
     assert isinstance(model, WanTransformer3DModel)
+    bind_compact(model)
     return model
 
 
