@@ -167,7 +167,7 @@ def test_consolidate_refuses_what_it_cannot_do(material: Material, done: Job) ->
     newest = step_folders(done.run_dir / "checkpoints")[0]
     damaged = material.folder / "damaged" / newest.name
     shutil.copytree(newest, damaged)
-    optimizer = next(damaged.glob("*optim_states.pt"))
+    optimizer = next(damaged.rglob("*optim_states.pt"))
     with optimizer.open("r+b") as stream:
         stream.truncate(optimizer.stat().st_size - 1)
     out = material.folder / "export"

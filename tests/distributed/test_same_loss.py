@@ -92,7 +92,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_costs_no_whole_one(
     root = run_dir / "checkpoints"
     damaged = root / "step-00000009"
     shutil.copytree(root / "step-00000003", damaged)
-    with next(damaged.glob("*optim_states.pt")).open("r+b") as stream:
+    with next(damaged.rglob("*optim_states.pt")).open("r+b") as stream:
         stream.seek(1000)
         stream.write(b"damaged!")
     changes = [f"run_dir={run_dir}", "train.num_steps=4", "checkpoint.keep_last=1"]

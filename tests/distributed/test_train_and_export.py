@@ -32,7 +32,7 @@ def deepspeed_export(job: Job) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     newest = step_folders(job.run_dir / "checkpoints")[0]
-    state = get_fp32_state_dict_from_zero_checkpoint(str(newest.parent), tag=newest.name)
+    state = get_fp32_state_dict_from_zero_checkpoint(str(newest), tag="transformer")
     assert state is not None
     return dict(state)
 
@@ -66,7 +66,7 @@ def test_export_equals_deepspeeds_own_over_many_sub_groups(fp32_on_two_ranks: Jo
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     newest = step_folders(fp32_on_two_ranks.run_dir / "checkpoints")[0]
-    states = torch.load(next(newest.glob("*rank_0_*_model_states.pt")), weights_only=False)
+    states = torch.load(next(newest.rglob("*rank_0_*_model_states.pt")), weights_only=False)
     assert len(states["param_shapes"]) > 3
     index = json.loads((folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(ours)

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -39,6 +39,8 @@ class Checkpoint:
         folder: `checkpoints/step-00000100`.
         step: optimizer steps done.
         world_size: ranks that wrote it.
+        zero_stage: ZeRO stage of its shards.
+        components: trained modules, each in a folder of its name.
         state: what the training loop put in: data position, identity of the run.
         files: size and SHA-256 of every file.
     """
@@ -46,6 +48,8 @@ class Checkpoint:
     folder: Path
     step: int
     world_size: int
+    zero_stage: int
+    components: tuple[str, ...]
     state: dict[str, Any]
     files: dict[str, dict[str, Any]]
 
@@ -79,7 +83,15 @@ def read_manifest(folder: Path) -> Checkpoint:
         manifest = json.loads(path.read_text())
         if manifest["version"] != MANIFEST_VERSION:
             raise CheckpointError(f"{path}: version {manifest['version']}, this program reads {MANIFEST_VERSION}.")
-        return Checkpoint(folder, manifest["step"], manifest["world_size"], manifest["state"], manifest["files"])
+        return Checkpoint(
+            folder,
+            manifest["step"],
+            manifest["world_size"],
+            manifest["zero_stage"],
+            tuple(manifest["components"]),
+            manifest["state"],
+            manifest["files"],
+        )
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; the checkpoint was never completed.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -108,14 +120,24 @@ def newest_whole(root: Path) -> Checkpoint | None:
     return None
 
 
-def save(engine: Any, root: Path, step: int, state: dict[str, Any]) -> Path:
+def save(
+    engines: Mapping[str, Any],
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    *,
+    zero_stage: int,
+    exclude_frozen: bool,
+) -> Path:
     """Write and commit the checkpoint of `step`; collective. Call on an accumulation boundary only.
 
     Args:
-        engine: the DeepSpeed engine.
+        engines: the DeepSpeed engine of each trained component.
         root: the run's `checkpoints` folder, on a file system that all ranks share.
         step: optimizer steps done.
         state: JSON values to get back at resume, the same on every rank.
+        zero_stage: ZeRO stage of the engines.
+        exclude_frozen: leave out weights that are not trained; a resume loads them from the base model.
 
     Returns:
         The committed folder.
@@ -130,7 +152,10 @@ def save(engine: Any, root: Path, step: int, state: dict[str, Any]) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        engine.save_checkpoint(str(root), tag=temporary.name, save_latest=False)
+        for component, engine in engines.items():
+            engine.save_checkpoint(
+                str(temporary), tag=component, save_latest=False, exclude_frozen_parameters=exclude_frozen
+            )
     except (OSError, RuntimeError) as error:
         # DeepSpeed's own collectives lie in there, so the ranks cannot agree any more: this rank's end ends the job.
         raise CheckpointError(
@@ -150,6 +175,8 @@ def save(engine: Any, root: Path, step: int, state: dict[str, Any]) -> Path:
             "version": MANIFEST_VERSION,
             "step": step,
             "world_size": world_size,
+            "zero_stage": zero_stage,
+            "components": list(engines),
             "state": state,
             "files": files,
         }
@@ -222,17 +249,23 @@ def check_world_size(checkpoint: Checkpoint, world_size: int) -> None:
         )
 
 
-def restore(engine: Any, checkpoint: Checkpoint) -> None:
+def restore(engines: Mapping[str, Any], checkpoint: Checkpoint, *, exclude_frozen: bool) -> None:
     """Load weights, optimizer state and this rank's random state; collective.
+
+    Args:
+        engines: the DeepSpeed engine of each component, fresh.
+        checkpoint: what to continue from.
+        exclude_frozen: whether it was saved without frozen weights, which then keep what the engines hold.
 
     Raises:
         CheckpointError: written by another number of ranks, or DeepSpeed could not load it.
     """
     check_world_size(checkpoint, dist.get_world_size())
-    # Always an explicit tag and always the optimizer: DeepSpeed's partial modes load nothing under ZeRO-3 (0.19.8).
-    path, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
-    if path is None:
-        raise CheckpointError(f"{checkpoint.folder}: DeepSpeed loaded nothing from it.")
+    for component, engine in engines.items():
+        # Always an explicit tag and always the optimizer: DeepSpeed's partial modes load nothing under ZeRO-3 (0.19.8).
+        path, _ = engine.load_checkpoint(str(checkpoint.folder), tag=component, load_module_strict=not exclude_frozen)
+        if path is None:
+            raise CheckpointError(f"{checkpoint.folder / component}: DeepSpeed loaded nothing from it.")
     states = load_file(checkpoint.folder / _rng_name(dist.get_rank()))
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

@@ -66,10 +66,10 @@ def to_diffusers(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not empty; give a new folder.")
-    base, trained = Path(checkpoint.state["model_path"]), checkpoint.state["transformer_folder"]
+    base, (trained,) = Path(checkpoint.state["model_path"]), checkpoint.components
     if not (base / trained / "config.json").is_file():
         raise ModelError(f"{base}: the base pipeline of this run is gone; put it back, its other parts are needed.")
-    tensors = read_master_weights(checkpoint.folder)
+    tensors = read_master_weights(checkpoint.folder / trained)
     out = out.resolve()  # "." has no name to derive another from
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""Reading DeepSpeed ZeRO-3 checkpoint files without DeepSpeed's engine, a GPU or the model.
+"""Reading the DeepSpeed shards of a component without DeepSpeed's engine, a GPU or the model.
 
-Layout (deepspeed 0.19.8): every rank's optimizer file holds one flat fp32 tensor per sub-group; the model file names
-the parameters of each sub-group in the same order. Of a parameter with n elements every one of W ranks holds
-ceil(n / W), the last ones padded; concatenating the ranks' pieces at the same offset gives the parameter back.
-Source: `deepspeed/utils/zero_to_fp32.py`, against which the tests compare bit for bit.
+Every rank's optimizer file holds flat fp32 tensors (`zero_layout` says where what lies); the model file names the
+parameters of each group in the same order. Frozen weights, where they were saved, are fragments of the compute dtype.
+ZeRO-0 keeps everything in rank 0's model file. The tests compare every stage with DeepSpeed's own `zero_to_fp32`,
+bit for bit.
 """
 
 import re
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from wan_dist.core.errors import CheckpointError
+from wan_dist.io.pickles import load_shard
+from wan_dist.io.zero_layout import Group, partition_each, partition_whole, pieces_of
 
 
 @dataclass(frozen=True)
@@ -33,28 +35,94 @@ class ShardedTensor:
     pieces: tuple[Tensor, ...]
 
 
-def read_master_weights(folder: Path) -> dict[str, ShardedTensor]:
-    """Return the fp32 master weights of a ZeRO-3 checkpoint folder by parameter name, nothing loaded yet.
+@dataclass(frozen=True)
+class Shards:
+    """The files of a component, opened and not yet read.
 
-    The files are pickles and run code when read: pass only a folder whose manifest was verified.
+    Attributes:
+        folder: where they lie.
+        stage: ZeRO stage that wrote them.
+        models: what each model file holds; a single one below stage 3.
+        optimizers: the `optimizer_state_dict` of each rank's file; empty for stage 0.
+        shapes: shape of every trained parameter, by group.
+        groups: where the trained parameters lie.
+        flats: [rank][group] flat fp32 master weights.
+    """
+
+    folder: Path
+    stage: int
+    models: tuple[Mapping[str, Any], ...]
+    optimizers: tuple[Mapping[str, Any], ...]
+    shapes: tuple[Mapping[str, torch.Size], ...]
+    groups: tuple[Group, ...]
+    flats: tuple[Sequence[Tensor], ...]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that wrote them."""
+        return len(self.flats)
+
+
+def open_shards(folder: Path) -> Shards:
+    """Return the shards of a component's folder; its files are pickles, so its checkpoint must be trusted.
 
     Raises:
-        CheckpointError: files are missing or their layout is not the one above.
+        CheckpointError: files are missing, or their layout is not one that DeepSpeed 0.19 writes.
     """
-    model_files = _rank_files(folder, "*_model_states.pt")
-    optimizer_files = _rank_files(folder, "*_optim_states.pt")
-    if not model_files or len(model_files) != len(optimizer_files):
+    models = tuple(load_shard(path) for path in _rank_files(folder, "*_model_states.pt"))
+    paths = _rank_files(folder, "*_optim_states.pt")
+    if not models:
+        raise CheckpointError(f"{folder}: has no *_model_states.pt; DeepSpeed writes at least one.")
+    if not paths:
+        return _unsharded(folder, models[0])
+    optimizers = tuple(load_shard(path)["optimizer_state_dict"] for path in paths)
+    # DeepSpeed's optimizer for bf16 with fp32 accumulation under ZeRO-1 does not name its stage.
+    stage = int(optimizers[0].get("zero_stage", 1))
+    partitions = optimizers[0].get("partition_count")
+    count = max(partitions) if isinstance(partitions, list) else partitions
+    if count != len(paths) or (stage == 3 and len(models) != count):
         raise CheckpointError(
-            f"{folder}: has {len(model_files)} model and {len(optimizer_files)} optimizer files; "
-            "a ZeRO-3 checkpoint has one of each per rank."
+            f"{folder}: has {len(models)} model and {len(paths)} optimizer files, but {count} ranks wrote it."
         )
-    groups = [_flat_groups(path, len(optimizer_files)) for path in optimizer_files]
-    state = _load(model_files[0])
-    tensors: dict[str, ShardedTensor] = {}
-    for number, shapes in enumerate(state["param_shapes"]):
-        tensors |= _split(shapes, [rank_groups[number] for rank_groups in groups], f"{folder}: sub-group {number}")
-    for alias, name in state.get("shared_params", {}).items():
-        tensors[alias] = tensors[name]
+    shapes = tuple(models[0]["param_shapes"])
+    if stage == 3:
+        flats = tuple(state["fp32_flat_groups"] for state in optimizers)
+        groups = tuple(partition_each(_counts(group), len(paths)) for group in shapes)
+    else:
+        flats = tuple(state["single_partition_of_fp32_groups"] for state in optimizers)
+        paddings = optimizers[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+        groups = tuple(
+            partition_whole(_counts(group), paddings[number], [rank_flats[number].numel() for rank_flats in flats])
+            for number, group in enumerate(shapes)
+        )
+    shards = Shards(folder, stage, models, optimizers, shapes, groups, flats)
+    _check_complete(shards)
+    return shards
+
+
+def read_master_weights(folder: Path, *, frozen: bool = True) -> dict[str, ShardedTensor]:
+    """Return the fp32 master weights of a component's folder by parameter name, nothing loaded yet.
+
+    Args:
+        folder: `step-00000100/transformer`, of a checkpoint that is trusted and verified.
+        frozen: with the weights that were not trained, if they were saved, and the buffers.
+
+    Raises:
+        CheckpointError: files are missing or their layout is unknown.
+    """
+    shards = open_shards(folder)
+    tensors = _frozen(shards) if frozen else {}
+    pieces = pieces_of(shards.groups)
+    for shapes in shards.shapes:
+        for name, shape in shapes.items():
+            views = tuple(
+                shards.flats[rank][group][segment.offset : segment.offset + segment.count]
+                for group, rank, segment in pieces[name]
+            )
+            tensors[name] = ShardedTensor(tuple(shape), torch.float32, views)
+    for alias, name in (shards.models[0].get("shared_params") or {}).items():
+        if name in tensors:
+            tensors[alias] = tensors[name]
     return tensors
 
 
@@ -66,31 +134,62 @@ def _rank_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=rank_of)
 
 
-def _load(path: Path) -> Any:
-    # DeepSpeed's files hold classes of its own, so weights_only cannot be used; mmap keeps memory at what is touched.
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+def _counts(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+    return {name: torch.Size(shape).numel() for name, shape in shapes.items()}
 
 
-def _flat_groups(path: Path, world_size: int) -> list[Tensor]:
-    state = _load(path)["optimizer_state_dict"]
-    stage, partitions = int(state["zero_stage"]), state["partition_count"]
-    if stage != 3 or partitions != world_size:
-        raise CheckpointError(
-            f"{path}: ZeRO stage {stage} in {partitions} partitions; stage 3 in {world_size} was expected."
-        )
-    return state["fp32_flat_groups"]
+def _unsharded(folder: Path, model: Mapping[str, Any]) -> Shards:
+    """Return a ZeRO-0 component as one rank that holds each parameter as a group of its own."""
+    if model.get("optimizer") is None:
+        raise CheckpointError(f"{folder}: has no *_optim_states.pt, and its model file no optimizer state.")
+    buffers = set(model["buffer_names"])
+    weights = {name: value for name, value in model["module"].items() if name not in buffers}
+    shapes = tuple({name: value.shape} for name, value in weights.items())
+    groups = tuple(partition_each(_counts(group), 1) for group in shapes)
+    flats = ([value.detach().reshape(-1).float() for value in weights.values()],)
+    return Shards(folder, 0, (model,), (), shapes, groups, flats)
 
 
-def _split(shapes: Mapping[str, torch.Size], flats: Sequence[Tensor], where: str) -> dict[str, ShardedTensor]:
-    world_size = len(flats)
-    tensors, offset = {}, 0
+def _frozen(shards: Shards) -> dict[str, ShardedTensor]:
+    """Return buffers and what the optimizer does not own."""
+    model = shards.models[0]
+    buffers = set(model["buffer_names"])
+    tensors = {
+        name: _whole(value.float() if value.is_floating_point() else value)
+        for name, value in model["module"].items()
+        if name in buffers
+    }
+    shapes = model.get("frozen_param_shapes") or {}
     for name, shape in shapes.items():
-        count = shape.numel()
-        part = -(-count // world_size)
-        sizes = [max(0, min(part, count - rank * part)) for rank in range(world_size)]
-        pieces = tuple(flat[offset : offset + size] for flat, size in zip(flats, sizes, strict=True))
-        tensors[name] = ShardedTensor(tuple(shape), flats[0].dtype, pieces)
-        offset += part
-    if any(flat.numel() != offset for flat in flats):
-        raise CheckpointError(f"{where}: {flats[0].numel()} elements per rank, the parameters need {offset}.")
+        fragments = [m["frozen_param_fragments"][name] for m in shards.models]
+        if shards.stage < 3:
+            tensors[name] = _whole(fragments[0])
+            continue
+        group = partition_each({name: torch.Size(shape).numel()}, shards.world_size)
+        pieces = [f[s[0].offset : s[0].offset + s[0].count] for f, s in zip(fragments, group.segments, strict=True)]
+        tensors[name] = ShardedTensor(tuple(shape), fragments[0].dtype, tuple(pieces))
+    if shards.stage == 1:
+        # ZeRO-1 saves no fragments; what is frozen stands whole in the module's own state.
+        trained = {name for group in shards.shapes for name in group}
+        for name, value in model["module"].items():
+            if name not in trained and name not in buffers:
+                tensors[name] = _whole(value)
     return tensors
+
+
+def _whole(value: Tensor) -> ShardedTensor:
+    flat = value.detach().reshape(-1)
+    return ShardedTensor(tuple(value.shape), flat.dtype, (flat,))
+
+
+def _check_complete(shards: Shards) -> None:
+    for number, (shapes, group) in enumerate(zip(shards.shapes, shards.groups, strict=True)):
+        where = f"{shards.folder}: group {number}"
+        for rank, flats in enumerate(shards.flats):
+            if flats[number].numel() != group.sizes[rank]:
+                raise CheckpointError(
+                    f"{where}: rank {rank} has {flats[number].numel()} elements, {group.sizes[rank]} were expected."
+                )
+        held = sum(segment.count for segments in group.segments for segment in segments)
+        if held != sum(_counts(shapes).values()):
+            raise CheckpointError(f"{where}: the ranks hold {held} elements, its parameters need more.")

@@ -1,7 +1,7 @@
 """From a configuration to a finished run: this module only calls builders."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # A resumed run would not be the same run if one of these differed; the model folder may have moved.
-_UNCHANGED = ("variant", "transformer_folder", "data_digest", "seed", "global_batch_size")
+_UNCHANGED = ("variant", "components", "method", "data_digest", "seed", "global_batch_size")
 OnStep = Callable[[TrainState, float | None], None]
 
 
@@ -71,8 +71,9 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
     try:
         engine = build_engine(cfg, get_variant(cfg.model.variant), ds_config, ranks)
-        state = resume(engine, checkpoint)
-        _run(cfg, ranks, stop, engine, batches, identity, state, on_step)
+        engines = dict.fromkeys(identity["components"], engine)
+        state = resume(engines, checkpoint, exclude_frozen=cfg.method.kind != "full")
+        _run(cfg, ranks, stop, engines, batches, identity, state, on_step)
     except Exception as error:
         if ranks.is_main:
             mark_failed(run_dir, str(error) or repr(error))
@@ -108,7 +109,7 @@ def _run(
     cfg: TrainConfig,
     ranks: Ranks,
     stop: StopRequest,
-    engine: Any,
+    engines: Mapping[str, Any],
     batches: Batches,
     identity: dict[str, Any],
     state: TrainState,
@@ -116,6 +117,7 @@ def _run(
 ) -> None:
     """Train from `state`, advanced in place, to the end or until told to stop, and save."""
     run_dir = Path(cfg.run_dir)
+    (engine,) = engines.values()
     reports = ReportHook(
         run_dir,
         ranks,
@@ -126,13 +128,15 @@ def _run(
         on_step=on_step,
     )
     saves = CheckpointHook(
-        engine,
+        engines,
         checkpoints_dir(run_dir),
         ranks,
         every=cfg.checkpoint.save_every,
         keep_last=cfg.checkpoint.keep_last,
         identity=identity,
         saved_step=state.step,  # 0, or what was resumed from
+        zero_stage=engine.zero_optimization_stage(),
+        exclude_frozen=cfg.method.kind != "full",
     )
     try:
         train(
@@ -234,7 +238,9 @@ def run_identity(cfg: TrainConfig, data_digest: str) -> dict[str, Any]:
     return {
         "variant": cfg.model.variant,
         "model_path": str(Path(cfg.model.path).resolve()),
-        "transformer_folder": transformer_folder(Path(cfg.model.path), cfg.model.expert).name,
+        "components": [transformer_folder(Path(cfg.model.path), cfg.model.expert).name],
+        "method": {"kind": cfg.method.kind},
+        "dtype": cfg.model.dtype,
         "data_digest": data_digest,
         "seed": cfg.train.seed,
         "global_batch_size": cfg.train.global_batch_size,
@@ -269,11 +275,11 @@ def find_resume(root: Path, mode: str, identity: dict[str, Any], ranks: Ranks) -
     return checkpoint
 
 
-def resume(engine: Any, checkpoint: Checkpoint | None) -> TrainState:
-    """Return where to continue, the engine restored; a fresh state without a checkpoint."""
+def resume(engines: Mapping[str, Any], checkpoint: Checkpoint | None, *, exclude_frozen: bool) -> TrainState:
+    """Return where to continue, the engines restored; a fresh state without a checkpoint."""
     if checkpoint is None:
         return TrainState()
-    checkpoints.restore(engine, checkpoint)
+    checkpoints.restore(engines, checkpoint, exclude_frozen=exclude_frozen)
     logger.info("resumed from %s", checkpoint.folder)
     return TrainState(checkpoint.step, checkpoint.state["epoch"], checkpoint.state["block"])
 

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ class CheckpointHook:
 
     def __init__(
         self,
-        engine: Any,
+        engines: Mapping[str, Any],
         root: Path,
         ranks: Ranks,
         *,
@@ -133,19 +133,24 @@ class CheckpointHook:
         keep_last: int,
         identity: dict[str, Any],
         saved_step: int,
+        zero_stage: int,
+        exclude_frozen: bool,
     ) -> None:
         """Remember where and what to save.
 
         Args:
-            engine: the DeepSpeed engine.
+            engines: the DeepSpeed engine of each trained component.
             root: the run's checkpoints folder.
             ranks: this process's place.
             every: steps between saves; 0 only when asked.
             keep_last: checkpoints kept.
             identity: JSON values that a resume must find unchanged, and what export needs.
             saved_step: the step that is on disk already, or 0.
+            zero_stage: ZeRO stage of the engines.
+            exclude_frozen: leave weights that are not trained out of checkpoints.
         """
-        self._engine, self._root, self._ranks = engine, root, ranks
+        self._engines, self._root, self._ranks = engines, root, ranks
+        self._zero_stage, self._exclude_frozen = zero_stage, exclude_frozen
         self._every, self._keep_last, self._identity = every, keep_last, identity
         self._saved_step = saved_step
 
@@ -160,8 +165,20 @@ class CheckpointHook:
         if self._saved_step == state.step:
             return
         started = time.perf_counter()
-        payload = {**self._identity, "epoch": state.epoch, "block": state.block}
-        folder = checkpoints.save(self._engine, self._root, state.step, payload)
+        payload = {
+            **self._identity,
+            "epoch": state.epoch,
+            "block": state.block,
+            "component_steps": dict.fromkeys(self._engines, state.step),
+        }
+        folder = checkpoints.save(
+            self._engines,
+            self._root,
+            state.step,
+            payload,
+            zero_stage=self._zero_stage,
+            exclude_frozen=self._exclude_frozen,
+        )
         self._saved_step = state.step
         if self._ranks.is_main:
             logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)

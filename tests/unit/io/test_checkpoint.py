@@ -30,6 +30,7 @@ def write_checkpoint(root: Path, step: int, *, world_size: int = 2) -> Path:
         (folder / f"rank-{rank}.pt").write_bytes(bytes([step % 256, rank]) * 100)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in folder.iterdir()}
     manifest = {"version": MANIFEST_VERSION, "step": step, "world_size": world_size, "state": {"epoch": 0}}
+    manifest |= {"zero_stage": 3, "components": ["transformer"]}
     write_json_atomic(folder / MANIFEST_NAME, {**manifest, "files": files})
     (root / POINTER_NAME).write_text(folder.name + "\n")
     return folder
@@ -77,7 +78,7 @@ def tear_manifest(folder: Path) -> str:
 def other_version(folder: Path) -> str:
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     write_json_atomic(folder / MANIFEST_NAME, {**manifest, "version": 99})
-    return "version 99, this program reads 1"
+    return "version 99, this program reads 2"
 
 
 DAMAGES = [flip_bit, truncate, lose_file, lose_manifest, tear_manifest, other_version]
