@@ -23,10 +23,10 @@ from wan_dist.models.wan.keys import module_to_original
 EXACT = 2e-6  # fp32, the scale applied in another place than peft applies it
 
 
-def pipeline_of(model: Any) -> WanPipeline:
-    return WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=UniPCMultistepScheduler(), transformer=model
-    )
+def pipeline_of(model: Any) -> Any:
+    absent: Any = None
+    scheduler: Any = UniPCMultistepScheduler()
+    return WanPipeline(absent, absent, absent, scheduler, transformer=model)
 
 
 def write(path: Path, weights: LoraWeights, layout: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -197,7 +197,7 @@ def test_a_folder_of_pefts_own_is_read_with_its_settings(tmp_path: Path) -> None
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.02)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     read = read_lora(tmp_path)
     assert read.layout == "peft"
     assert distance(output_of(merged(read)), output_of(model.eval())) < EXACT
