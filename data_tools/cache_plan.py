@@ -41,11 +41,13 @@ class CacheRules:
         variant: the variant that will be trained; None for text alone.
         dataset: how clips become samples, see `wan_dist.train.caches.cache_rules`.
         dtype: dtype of the text encoder, "bf16" or "fp32".
+        with_last: i2v-A14B's condition on first and last frame is wanted too.
     """
 
     variant: WanVariant | None
     dataset: dict[str, Any]
     dtype: str
+    with_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class CachePlan:
 def rules_from_config(config: Path, overrides: Sequence[str]) -> tuple[CacheRules, str]:
     """Return the rules of a training config, and its model folder."""
     cfg = load_config(config, list(overrides))
-    return CacheRules(get_variant(cfg.model.variant), cache_rules(cfg), cfg.model.dtype), cfg.model.path
+    with_last = cfg.data.flf2v_probability > 0
+    return CacheRules(get_variant(cfg.model.variant), cache_rules(cfg), cfg.model.dtype, with_last), cfg.model.path
 
 
 def rules_from_options(
@@ -146,7 +149,7 @@ def _check_latent_rules(shards_dir: Path, rules: CacheRules) -> tuple[ClipDatase
     dataset = ClipDataset.open(shards_dir, **{n: given[n] for n in names}, decoder=open_decoder("process"))
     if given["merge_below"]:
         dataset.merge_small_buckets(given["merge_below"])
-    return dataset, variant_parts(rules.variant)
+    return dataset, variant_parts(rules.variant, rules.with_last)
 
 
 def estimate_bytes(plan: CachePlan, variant: WanVariant) -> int:
@@ -158,7 +161,7 @@ def estimate_bytes(plan: CachePlan, variant: WanVariant) -> int:
     for bucket, count in zip(plan.dataset.buckets, plan.dataset.counts.sum(0), strict=True):
         frame = variant.latent_channels * (bucket.height // step_y) * (bucket.width // step_x) * _BYTES
         num_frames = (bucket.num_frames - 1) // step_t + 1
-        total += int(count) * sum(frame * (1 if part == "first_frame" else num_frames) for part in plan.parts)
+        total += int(count) * frame * num_frames * len(plan.parts)
     return total
 
 

@@ -98,7 +98,7 @@ def test_image_condition_equals_the_pipelines(tiny_i2v, frames):
         _, theirs = pipeline.prepare_latents(
             first, batch_size=1, height=64, width=96, num_frames=9, dtype=torch.float32, device=CPU
         )
-    ours = encoders.encode_condition(frames)
+    ours = encoders.encode_condition(frames, [False])
     assert ours.shape == (1, 20, 3, 8, 12)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert ours[0, :4, 0].min() == 1

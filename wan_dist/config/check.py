@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wan_dist.config.check_conditions import condition_problems
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.buckets import FIXED_RULES
@@ -25,6 +26,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)
         problems += _size_problems(variant, values.get("data.sizes", []))
+        problems += condition_problems(variant, values)
     return problems + _frame_problems(values.get("data.num_frames", [])) + _cache_problems(values)
 
 

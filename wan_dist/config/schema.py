@@ -106,6 +106,17 @@ class DataConfig(Section):
     )
     cache_gib: float = Field(default=100.0, gt=0, description="Size of `cache_dir`, GiB.")
     caption_dropout: Fraction = Field(default=0.1, description="Share of samples trained on the empty prompt.")
+    i2v_probability: Fraction = Field(
+        default=0.0,
+        description="ti2v-5B: share of the videos whose first frame is given; the others are text-to-video.",
+    )
+    first_frame_noise: bool = Field(
+        default=False,
+        description="Add noise of scale exp(N(-3.5, 0.5)) to the first frames that i2v_probability gives.",
+    )
+    flf2v_probability: Fraction = Field(
+        default=0.0, description="i2v-A14B: share of the videos whose last frame is given beside the first."
+    )
     num_workers: int = Field(default=2, ge=0, description="Threads per rank that read and decode ahead.")
     memory_cache_gib: float = Field(
         default=1.0, ge=0, description="Host memory per rank for encoded latents and text that are used again, GiB."
@@ -122,7 +133,7 @@ class DataConfig(Section):
 
 
 class FlowConfig(Section):
-    """How noise levels are drawn. Maths: `wan_dist.core.flow_matching`."""
+    """How noise levels are drawn and what the loss is. Maths: `wan_dist.core.flow_matching`, `wan_dist.core.losses`."""
 
     shift: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         default="auto", description="Flow shift; auto is the variant's official value (5, 12 or 5)."
@@ -132,6 +143,15 @@ class FlowConfig(Section):
     )
     logit_mean: float = Field(default=0.0, description="Mean of logit(u), for logit_normal.")
     logit_std: float = Field(default=1.0, gt=0, description="Standard deviation of logit(u), for logit_normal.")
+    loss: Literal["mse", "huber", "mae"] = Field(
+        default="mse", description="How the predicted velocity's difference from the target is measured, in fp32."
+    )
+    huber_delta: float = Field(
+        default=1.0, gt=0, description="Difference from which the Huber loss grows linearly instead of squared."
+    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap", "bell"] = Field(
+        default="none", description="Weight of a sample by its noise level (docs/training.md)."
+    )
 
 
 class OptimConfig(Section):

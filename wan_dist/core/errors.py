@@ -31,6 +31,10 @@ class StorageError(DataError):
     """Shards cannot be reached, or changed while they were read: no sample is to blame, so none is replaced."""
 
 
+class NotFiniteError(DataError):
+    """Latents or text embeddings hold NaN or infinity: whatever made them is broken, so no sample is replaced."""
+
+
 class ModelError(WanDistError):
     """A model folder or weight file is missing, damaged or of another kind than stated."""
 

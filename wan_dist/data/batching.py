@@ -5,20 +5,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from wan_dist.core.errors import DataError, StorageError
+from wan_dist.core.errors import DataError, NotFiniteError, StorageError
 from wan_dist.core.order import Block, SampleOrder
 from wan_dist.core.rng import seed_of, uniform
-from wan_dist.data.cached import CachedSamples, padded
+from wan_dist.data.cached import CachedSamples
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.encode import Encoders
-from wan_dist.data.memory_cache import MemoryCache
+from wan_dist.data.sample_encoder import ReadSample, SampleEncoder
 from wan_dist.data.samples import draw_sample
 
 logger = logging.getLogger(__name__)
@@ -50,18 +47,6 @@ class Batch:
     loss_weights: Tensor | None = None
 
 
-class _Sample(NamedTuple):
-    position: int
-    key: str
-    prompt: str
-    cache_key: str
-    frames: NDArray[np.uint8] | None  # None: its latents are in the cache
-    problems: tuple[str, ...]  # of the samples that it replaces
-    loss_weight: float
-    latents: dict[str, Tensor] | None = None  # as they were cached ahead of training
-    text: Tensor | None = None  # likewise
-
-
 class ClipBatches:
     """Reads, decodes and encodes this rank's share of every block, reading ahead in threads.
 
@@ -86,6 +71,7 @@ class ClipBatches:
         cache_bytes: int,
         max_bad_fraction: float,
         cached: CachedSamples | None = None,
+        flf2v_probability: float = 0.0,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -93,7 +79,7 @@ class ClipBatches:
             dataset: opened shards.
             encoders: VAE and text encoder.
             order: sample order whose block is one optimizer step.
-            with_condition: encode the first frame too, as i2v-A14B needs.
+            with_condition: encode the given frames too, as i2v-A14B needs.
             rank: this rank among those that see different samples.
             world_size: number of such ranks; with the micro-batch it must divide the block.
             micro_batch_size: clips per forward pass.
@@ -103,17 +89,22 @@ class ClipBatches:
             cache_bytes: host memory for encoded latents, and as much again for text.
             max_bad_fraction: share of unreadable samples at which reading fails.
             cached: latents or text embeddings that are read instead of encoded; None encodes both.
+            flf2v_probability: share of samples whose last frame is given beside the first, with `with_condition`.
         """
         if order.block_size % (world_size * micro_batch_size):
             raise ValueError(f"block of {order.block_size} does not divide by {world_size} x {micro_batch_size}")
-        self._dataset, self._encoders, self._order = dataset, encoders, order
-        self._with_condition = with_condition
+        self._dataset, self._order = dataset, order
+        self._encoder = SampleEncoder(
+            encoders,
+            with_condition=with_condition,
+            flf2v_probability=flf2v_probability,
+            seed=seed,
+            cache_bytes=cache_bytes,
+        )
         self._rank, self._world_size, self._micro = rank, world_size, micro_batch_size
         self._seed, self._caption_dropout = seed, caption_dropout
         self._max_bad_fraction = max_bad_fraction
         self._cached = cached
-        self._parts = ("latents", "condition") if with_condition else ("latents",)
-        self._latents_cache, self._text_cache = MemoryCache(cache_bytes), MemoryCache(cache_bytes)
         self._pool = ThreadPoolExecutor(num_workers, "read-clips") if num_workers else None
         self.num_read = 0
         self.bad_samples: list[str] = []
@@ -130,37 +121,37 @@ class ClipBatches:
         Raises:
             DataError: too many samples could not be read.
         """
-        ahead: deque[tuple[Block, list[Future[_Sample]]]] = deque()
+        ahead: deque[tuple[Block, list[Future[ReadSample]]]] = deque()
         for following in self._order.blocks(epoch, block):
             ahead.append((following, self._submit(following)))
             if len(ahead) > 1:
                 current, futures = ahead.popleft()
                 yield current, self._batches(current, futures)
 
-    def _submit(self, block: Block) -> list[Future[_Sample]]:
+    def _submit(self, block: Block) -> list[Future[ReadSample]]:
         share = self._order.block_size // self._world_size
         first = block.first + self._rank * share
         return [self._start(block.bucket, position) for position in range(first, first + share)]
 
-    def _start(self, bucket: int, position: int) -> Future[_Sample]:
+    def _start(self, bucket: int, position: int) -> Future[ReadSample]:
         if self._pool:
             return self._pool.submit(self._read, bucket, position)
-        future: Future[_Sample] = Future()
+        future: Future[ReadSample] = Future()
         try:
             future.set_result(self._read(bucket, position))
         except Exception as error:  # handed to whoever asks for the result, as a thread would
             future.set_exception(error)
         return future
 
-    def _read(self, bucket: int, position: int) -> _Sample:
+    def _read(self, bucket: int, position: int) -> ReadSample:
         """Read the sample at `position`, or a replacement that depends on the position only."""
         problems: list[str] = []
         for attempt in range(_MAX_SUBSTITUTES):
             place = position if attempt == 0 else seed_of(self._seed, "substitute", bucket, position, attempt) % 2**40
             try:
                 sample = self._read_exactly(bucket, position, place)
-            except StorageError:
-                raise  # the sample is not at fault, and another run would read it
+            except (StorageError, NotFiniteError):
+                raise  # the sample is not at fault: another run would read it, or others fail too
             except DataError as error:
                 problems.append(str(error))
                 logger.warning("replaced an unreadable sample: %s", error)
@@ -171,14 +162,15 @@ class ClipBatches:
             f"The last: {problems[-1]}"
         )
 
-    def _read_exactly(self, bucket: int, position: int, place: int) -> _Sample:
+    def _read_exactly(self, bucket: int, position: int, place: int) -> ReadSample:
         ref = self._order.at(bucket, place)
         row = self._dataset.row_of(bucket, ref.shard, ref.index)
         weight = self._dataset.loss_weight(ref.shard)
-        latents, text = self._read_cached(bucket, position, ref.shard, row)
+        last = self._encoder.draw_last(self._dataset.buckets[bucket], bucket, position)
+        latents, text = self._read_cached(bucket, position, ref.shard, row, self._encoder.parts(last))
         if self._cached and latents is not None and text is not None:
             key = self._cached.key_of(ref.shard, row)
-            return _Sample(position, key, "", "", None, (), weight, latents, text)
+            return ReadSample(position, key, "", "", None, (), weight, last, latents, text)
         clip, prompt = draw_sample(
             self._dataset,
             ref,
@@ -187,17 +179,17 @@ class ClipBatches:
             seed=self._seed,
             caption_dropout=self._caption_dropout,
         )
-        known = latents is not None or self._latents_cache.get(clip.cache_key) is not None
+        known = latents is not None or self._encoder.knows(clip.cache_key, last)
         frames = None if known else self._dataset.frames(clip)
-        return _Sample(position, clip.key, prompt, clip.cache_key, frames, (), weight, latents, text)
+        return ReadSample(position, clip.key, prompt, clip.cache_key, frames, (), weight, last, latents, text)
 
     def _read_cached(
-        self, bucket: int, position: int, shard: int, row: int
+        self, bucket: int, position: int, shard: int, row: int, parts: Sequence[str]
     ) -> tuple[dict[str, Tensor] | None, Tensor | None]:
         """Return what is cached of a sample; its draws are those of `draw_sample`."""
         cached, latents, text = self._cached, None, None
         if cached and cached.has_latents:
-            latents = cached.read_latents(shard, row, self._dataset.buckets[bucket], self._parts)
+            latents = cached.read_latents(shard, row, self._dataset.buckets[bucket], parts)
         if cached and cached.has_text:
             if uniform(self._seed, "caption_dropout", bucket, position) < self._caption_dropout:
                 text = cached.empty_text
@@ -205,32 +197,32 @@ class ClipBatches:
                 text = cached.read_text(shard, row, uniform(self._seed, "caption", bucket, position))
         return latents, text
 
-    def _batches(self, block: Block, futures: Sequence[Future[_Sample]]) -> Iterator[Batch]:
+    def _batches(self, block: Block, futures: Sequence[Future[ReadSample]]) -> Iterator[Batch]:
         for start in range(0, len(futures), self._micro):
             samples = [future.result() for future in futures[start : start + self._micro]]
             self._count(samples)
             # One tensor per clip: its latents and, behind them, the channels of its condition.
             encoded = torch.stack([self._encoded(block.bucket, s) for s in samples])
-            num_channels = self._encoders.latents_mean.shape[1]
+            num_channels = self._encoder.encoders.latents_mean.shape[1]
             yield Batch(
                 keys=tuple(s.key for s in samples),
                 bucket=block.bucket,
                 positions=tuple(s.position for s in samples),
                 latents=encoded[:, :num_channels],
-                text_embeds=torch.stack([self._text(s) for s in samples]),
-                condition=encoded[:, num_channels:] if self._with_condition else None,
+                text_embeds=torch.stack([self._encoder.text(s) for s in samples]),
+                condition=encoded[:, num_channels:] if self._encoder.with_condition else None,
                 loss_weights=self._loss_weights(block, samples),
             )
 
-    def _loss_weights(self, block: Block, samples: Sequence[_Sample]) -> Tensor | None:
+    def _loss_weights(self, block: Block, samples: Sequence[ReadSample]) -> Tensor | None:
         """Return what each sample weighs, [B]; None where all weigh 1."""
         num_real = self._order.block_size - block.num_padding
         # The mean over a padded block is then the mean over its real samples, on any number of ranks.
         scale = self._order.block_size / num_real
         weights = [s.loss_weight * scale if s.position < block.first + num_real else 0.0 for s in samples]
-        return None if set(weights) == {1.0} else torch.tensor(weights, device=self._encoders.device)
+        return None if set(weights) == {1.0} else torch.tensor(weights, device=self._encoder.encoders.device)
 
-    def _count(self, samples: Sequence[_Sample]) -> None:
+    def _count(self, samples: Sequence[ReadSample]) -> None:
         # Counted here and not by the reader threads: the sums depend on the samples used and on no timing.
         for sample in samples:
             self.num_read += 1 + len(sample.problems)
@@ -242,32 +234,8 @@ class ClipBatches:
                 f"{self._max_bad_fraction}); the last: {self.bad_samples[-1]}"
             )
 
-    def _encoded(self, bucket: int, sample: _Sample) -> Tensor:
-        if sample.latents is not None:
-            return self._normalised(sample.latents)
-        cached = self._latents_cache.get(sample.cache_key)
-        if cached is None:
-            frames = sample.frames
-            if frames is None:  # dropped from the cache between reading ahead and now
-                return self._encoded(bucket, self._read(bucket, sample.position))
-            parts = [self._encoders.encode_video(frames[None])]
-            if self._with_condition:
-                parts.append(self._encoders.encode_condition(frames[None]))
-            cached = torch.cat(parts, dim=1)[0].cpu()
-            self._latents_cache.put(sample.cache_key, cached)
-        return cached.to(self._encoders.device)
-
-    def _normalised(self, stored: dict[str, Tensor]) -> Tensor:
-        """Return what `_encoded` gives, from cached posterior means."""
-        means = [stored[part][None].to(self._encoders.device) for part in self._parts]
-        latents = self._encoders.normalise(means[0])
-        return torch.cat([latents, *map(self._encoders.with_mask, means[1:])], dim=1)[0]
-
-    def _text(self, sample: _Sample) -> Tensor:
-        if sample.text is not None:
-            return padded(sample.text).to(self._encoders.device)
-        cached = self._text_cache.get(sample.prompt)
-        if cached is None:
-            cached = self._encoders.encode_prompts([sample.prompt])[0].cpu()
-            self._text_cache.put(sample.prompt, cached)
-        return cached.to(self._encoders.device)
+    def _encoded(self, bucket: int, sample: ReadSample) -> Tensor:
+        encoded = self._encoder.latents(sample)
+        if encoded is None:  # dropped from memory between reading ahead and now
+            return self._encoded(bucket, self._read(bucket, sample.position))
+        return encoded

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wan_dist.core.errors import ModelError
-from wan_dist.models.wan.condition import FRAMES_PER_LATENT, condition_video, first_frame_mask
+from wan_dist.models.wan.condition import FRAMES_PER_LATENT, condition_video, given_frames_mask
 
 MAX_TEXT_TOKENS = 512
 
@@ -46,40 +46,42 @@ class Encoders:
         return self.normalise(self._mean(self._video(frames)))
 
     @torch.no_grad()
-    def encode_condition(self, frames: NDArray[np.uint8]) -> Tensor:
-        """Return i2v-A14B's condition on the first frame: mask, then normalised latents, [B, 4 + C, f, h, w] fp32.
+    def encode_condition(self, frames: NDArray[np.uint8], with_last: Sequence[bool]) -> Tensor:
+        """Return i2v-A14B's condition on the given frames: mask, then normalised latents, [B, 4 + C, f, h, w] fp32.
 
         Args:
             frames: [B, F, H, W, 3] RGB in 0..255.
+            with_last: of each sample, whether its last frame is given beside the first.
         """
-        return self.with_mask(self._mean(condition_video(self._video(frames))))
+        return self.with_mask(self._mean(condition_video(self._video(frames), with_last)), with_last)
 
     @torch.no_grad()
     def encode_parts(self, frames: NDArray[np.uint8], parts: Sequence[str]) -> dict[str, Tensor]:
-        """Return what a cache of latents holds: posterior means, not normalised, fp32 on the device.
+        """Return what a cache of latents holds: posterior means, not normalised, [B, C, f, h, w] fp32 on the device.
 
         Args:
             frames: [B, F, H, W, 3] RGB in 0..255.
-            parts: of `latents` [B, C, f, h, w], `condition` of the same shape (the first frame, then zeros) and
-                `first_frame` [B, C, 1, h, w] (the first frame alone).
+            parts: of `latents`, `condition` (the first frame, then zeros) and `condition_last` (the first frame,
+                zeros, the last frame).
         """
         video = self._video(frames)
         views = {
             "latents": lambda: video,
-            "condition": lambda: condition_video(video),
-            "first_frame": lambda: video[:, :, :1],
+            "condition": lambda: condition_video(video, [False] * len(video)),
+            "condition_last": lambda: condition_video(video, [True] * len(video)),
         }
         return {part: self._mean(views[part]()).float() for part in parts}
 
-    def with_mask(self, latents: Tensor) -> Tensor:
-        """Return the mask of a given first frame, then normalised latents, [B, 4 + C, f, h, w] fp32.
+    def with_mask(self, latents: Tensor, with_last: Sequence[bool]) -> Tensor:
+        """Return the mask of the given frames, then normalised latents, [B, 4 + C, f, h, w] fp32.
 
         Args:
-            latents: [B, C, f, h, w], posterior mean of the first frame and zeros, not normalised.
+            latents: [B, C, f, h, w], posterior mean of the given frames and zeros, not normalised.
+            with_last: of each sample, whether its last frame is given beside the first.
         """
         num_frames = (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1
-        mask = first_frame_mask(num_frames, *latents.shape[-2:]).to(latents.device)
-        return torch.cat([mask.expand(len(latents), -1, -1, -1, -1), self.normalise(latents)], dim=1)
+        masks = [given_frames_mask(num_frames, *latents.shape[-2:], with_last=last) for last in with_last]
+        return torch.cat([torch.stack(masks).to(latents.device), self.normalise(latents)], dim=1)
 
     def _video(self, frames: NDArray[np.uint8]) -> Tensor:
         """Return [B, 3, F, H, W] in [-1, 1] on the device."""
@@ -90,7 +92,8 @@ class Encoders:
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return VAE latents moved to zero mean and unit variance per channel, same shape, fp32."""
-        return (latents.float() - self.latents_mean) / self.latents_std
+        # Times the reciprocal, not divided: the official code and diffusers round this way.
+        return (latents.float() - self.latents_mean) * (1.0 / self.latents_std)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from zlib_ng.zlib_ng import crc32
 
-from wan_dist.core.errors import DataError
+from wan_dist.core.errors import DataError, NotFiniteError
 from wan_dist.data.family import EMPTY_NAME, Family
 
 _MAX_OPEN_SHARDS: Final = 128
@@ -43,7 +43,8 @@ class FamilyReader:
         """Return the tensors of a sample, bf16 on the CPU.
 
         Raises:
-            DataError: the clip was not cached, or its member is damaged or holds NaN or infinity.
+            DataError: the clip was not cached, or its member is damaged.
+        NotFiniteError: it holds NaN or infinity.
         """
         opened = self._shard(shard)
         place = opened.rows[row]
@@ -124,7 +125,8 @@ def parse_tensors(buffer: NDArray[np.uint8], name: str, *, search: bool = True) 
         name: how an error names it.
         search: look for NaN and infinity.
     Raises:
-        DataError: it is no safetensors file, holds another dtype, NaN or infinity.
+        DataError: it is no safetensors file or holds another dtype.
+        NotFiniteError: it holds NaN or infinity.
     Source: https://github.com/huggingface/safetensors#format.
     """
     try:
@@ -136,7 +138,7 @@ def parse_tensors(buffer: NDArray[np.uint8], name: str, *, search: bool = True) 
         raise DataError(f"{name}: not bf16 safetensors ({error}); {_ADVICE}.") from None
     for part, tensor in tensors.items():
         if search and not is_finite(tensor):
-            raise DataError(f"{name}: {part} holds NaN or infinity; {_ADVICE}.")
+            raise NotFiniteError(f"{name}: {part} holds NaN or infinity; {_ADVICE}.")
     return tensors
 
 

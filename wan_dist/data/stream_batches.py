@@ -12,6 +12,7 @@ from wan_dist.core.order import Block
 from wan_dist.core.rng import seed_of
 from wan_dist.data.batching import Batch
 from wan_dist.data.encode import Encoders
+from wan_dist.data.sample_encoder import SampleEncoder, check_finite
 from wan_dist.data.stream import ClipStream, StreamedClip, draw_streamed
 
 _MIN_READ_BEFORE_ABORT = 20
@@ -51,9 +52,17 @@ class StreamBatches:
         seed: int,
         caption_dropout: float,
         max_bad_fraction: float,
+        flf2v_probability: float = 0.0,
     ) -> None:
         """Prepare; nothing is read yet. Arguments as of `ClipBatches`; `block_size` is the global batch."""
-        self._stream, self._encoders, self._with_condition = stream, encoders, with_condition
+        self._stream, self._encoders = stream, encoders
+        self._encoder = SampleEncoder(
+            encoders,
+            with_condition=with_condition,
+            flf2v_probability=flf2v_probability,
+            seed=seed,
+            cache_bytes=0,
+        )
         self._rank, self._world_size = rank, world_size
         self._block_size, self._micro = block_size, micro_batch_size
         self._seed, self._caption_dropout = seed, caption_dropout
@@ -124,12 +133,19 @@ class StreamBatches:
         return None
 
     def _encode(self, micro: _Ready) -> Batch:
-        latents = self._encoders.encode_video(micro.frames)
-        return Batch(
+        shape = self._stream.buckets[micro.bucket]
+        condition = None
+        if self._encoder.with_condition:
+            last = [self._encoder.draw_last(shape, micro.bucket, position) for position in micro.positions]
+            condition = self._encoders.encode_condition(micro.frames, last)
+        batch = Batch(
             keys=micro.keys,
             bucket=micro.bucket,
             positions=micro.positions,
-            latents=latents,
+            latents=self._encoders.encode_video(micro.frames),
             text_embeds=self._encoders.encode_prompts(micro.prompts),
-            condition=self._encoders.encode_condition(micro.frames) if self._with_condition else None,
+            condition=condition,
         )
+        check_finite(batch.latents, f"samples {', '.join(batch.keys)}: the VAE")
+        check_finite(batch.text_embeds, f"samples {', '.join(batch.keys)}: the text encoder")
+        return batch

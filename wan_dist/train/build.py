@@ -32,6 +32,7 @@ from wan_dist.train.build_data import Batches, open_batches
 from wan_dist.train.hooks import CheckpointHook, ReportHook
 from wan_dist.train.loop import TrainState, train
 from wan_dist.train.objective import Objective
+from wan_dist.train.objective_options import objective_options
 from wan_dist.train.optimizers import OPTIMIZERS, OptimizerOptions
 from wan_dist.train.schedules import learning_rate
 
@@ -207,7 +208,7 @@ def build_objective(cfg: TrainConfig, variant: WanVariant) -> Objective:
         sigma_min=sigma_min,
         sigma_max=sigma_max,
     )
-    return Objective(sampler, DTYPES[cfg.model.dtype], cfg.train.seed)
+    return Objective(sampler, DTYPES[cfg.model.dtype], cfg.train.seed, **objective_options(cfg, variant))
 
 
 def build_engine(cfg: TrainConfig, variant: WanVariant, ds_config: dict[str, Any], ranks: Ranks) -> Any:

@@ -82,6 +82,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
             seed=cfg.train.seed,
             caption_dropout=data.caption_dropout,
             max_bad_fraction=data.max_bad_fraction,
+            flf2v_probability=data.flf2v_probability,
         )
         return batches, stream.digest
     dataset = open_dataset(cfg)
@@ -103,6 +104,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
         cache_bytes=int(data.memory_cache_gib * 2**30),
         max_bad_fraction=data.max_bad_fraction,
         cached=caches.samples,
+        flf2v_probability=data.flf2v_probability,
     )
     tail = "" if data.tail in ("carry", "merge") else f"-{data.tail}"
     return batches, f"{dataset.digest}{tail}{caches.suffix}"

@@ -54,9 +54,9 @@ def cache_rules(cfg: TrainConfig) -> dict[str, Any]:
     return {**rules, "merge_below": cfg.train.global_batch_size if cfg.data.tail == "merge" else None}
 
 
-def variant_parts(variant: WanVariant) -> tuple[str, ...]:
-    """Return the tensors of a clip's cached latents for a variant."""
-    return latent_parts(needs_condition=variant.needs_condition, takes_image=variant.takes_image)
+def variant_parts(variant: WanVariant, with_last: bool) -> tuple[str, ...]:
+    """Return the tensors of a clip's cached latents for a variant; `with_last`: first-last-frame samples occur."""
+    return latent_parts(needs_condition=variant.needs_condition, with_last=with_last)
 
 
 def open_caches(cfg: TrainConfig, shard_sets: Sequence[ShardSet], ranks: Ranks) -> Caches:
@@ -94,7 +94,8 @@ def open_caches(cfg: TrainConfig, shard_sets: Sequence[ShardSet], ranks: Ranks) 
 
 
 def _choose(cfg: TrainConfig, shard_sets: Sequence[ShardSet]) -> dict[Kind, list[Path] | None]:
-    model, parts = Path(cfg.model.path), variant_parts(get_variant(cfg.model.variant))
+    model = Path(cfg.model.path)
+    parts = variant_parts(get_variant(cfg.model.variant), cfg.data.flf2v_probability > 0)
     identities: dict[str, Any] = {}
 
     def of_model(name: str, identify: Callable[[Path], Any]) -> Any:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from zlib_ng.zlib_ng import crc32
 
 from tests.jobs import pack_clips
-from wan_dist.core.errors import DataError
+from wan_dist.core.errors import DataError, NotFiniteError
 from wan_dist.data.batching import Batch, ClipBatches
 from wan_dist.data.cache import CacheStopped, FamilyPlan, exclusive, finish, write_missing
 from wan_dist.data.cache_sources import LatentsSource, Source, TextSource, trimmed
@@ -77,7 +78,7 @@ def material(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     shards = pack_clips(folder, clips, fps=8.0, shard_clips=3)
     model = make_tiny_pipeline(request.param, folder / "model")
     variant = get_variant(request.param)
-    parts = latent_parts(needs_condition=variant.needs_condition, takes_image=variant.takes_image)
+    parts = latent_parts(needs_condition=variant.needs_condition, with_last=variant.needs_condition)
     return Material(shards, model, load_encoders(model, CPU, torch.bfloat16), ClipDataset.open(shards, **RULES), parts)
 
 
@@ -117,6 +118,7 @@ def batches_of(material: Material, cached: CachedSamples | None, **changes: Any)
         cache_bytes=0,
         max_bad_fraction=changes.pop("max_bad_fraction", 0.0),
         cached=cached,
+        flf2v_probability=0.5,
     )
     try:
         return [batch for _, micro in islice(batches.steps(0, 0), 8) for batch in micro]
@@ -138,6 +140,8 @@ def test_batches_from_the_cache_are_those_of_online_encoding(
     std, mean = material.encoders.latents_std, material.encoders.latents_mean
     # bf16 keeps 8 significant bits: a stored mean is off by at most 2^-9 of itself, before it is normalised.
     rounding = 2.0**-8
+    given_last = [float(b.condition[s, 3, -1].min()) for b in online if b.condition is not None for s in range(2)]
+    assert set(given_last) == ({0.0, 1.0} if "condition" in material.parts else set())
     for ours, theirs in zip(cached, online, strict=True):
         assert (ours.keys, ours.bucket, ours.positions) == (theirs.keys, theirs.bucket, theirs.positions)
         assert torch.equal(ours.text_embeds, theirs.text_embeds)
@@ -333,7 +337,9 @@ def test_a_fingerprint_names_what_differs(material: Material, families: tuple[Fa
     assert wanted() == []
     assert wanted(rules={**RULES, "fps": 16.0}) == ["rules.fps was 8.0 and is 16.0"]
     assert wanted(rules={**RULES, "crop": "random"}) == ['rules.crop was "center" and is "random"']
-    assert wanted(parts=("latents",))[0].startswith("parts was ")
+    # More parts than a run needs do no harm; too few do.
+    assert wanted(parts=("latents",)) == []
+    assert wanted(parts=("latents", "more"))[0].startswith("parts was ")
     other = wanted(vae={**vae, "weights_sha256": "0" * 64})
     assert [text.split(" ")[0] for text in other] == ["vae.weights_sha256"]
     # Where the model has no VAE there is nothing to compare, and tiling is the family's own choice.
@@ -360,3 +366,23 @@ def test_opening_a_family_checks_it(material: Material, tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"max_tokens": 512', '"max_tokens": 511'))
     with pytest.raises(DataError, match="was edited"):
         open_family(plan.folder, "text")
+
+
+def test_nan_is_refused_and_not_replaced(
+    material: Material, families: tuple[Family, Family], copied: tuple[Family, int, int]
+) -> None:
+    family, shard, row = copied
+    place = family.index(shard)[row]
+    start, size = int(place["offset"]), int(place["size"])
+    content = bytearray(family.tar_path(shard).read_bytes())
+    content[start + size - 2 : start + size] = b"\xc0\x7f"  # NaN
+    family.tar_path(shard).write_bytes(content)
+    rows = np.array(family.index(shard))
+    rows["crc32"][row] = crc32(content[start : start + size])
+    np.save(family.folder / family.manifest.shards[shard].index_name, rows)
+    # Whatever share of bad samples is allowed: an encoder that gives NaN is no sample's fault.
+    with pytest.raises(NotFiniteError, match=rf"sample {place['key'].decode()}: .* holds NaN or infinity; run `wan-d"):
+        batches_of(material, cached_of(material, (family, families[1])), max_bad_fraction=1.0)
+    broken = replace(material.encoders, latents_mean=material.encoders.latents_mean * float("nan"))
+    with pytest.raises(NotFiniteError, match=r"sample \w+: the VAE gave NaN or infinity; look at"):
+        batches_of(material, None, encoders=broken, max_bad_fraction=1.0)
