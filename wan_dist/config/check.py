@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.config.check_conditions import condition_problems
+from wan_dist.config.check_flow import flow_problems
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.buckets import FIXED_RULES
@@ -21,7 +22,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
     Args:
         values: dotted key to value, well-typed; a check whose keys are not all there is left out.
     """
-    problems = _optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values)
+    problems = _optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values) + flow_problems(values)
     if "model.variant" in values:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)

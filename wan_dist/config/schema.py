@@ -135,10 +135,20 @@ class DataConfig(Section):
 class FlowConfig(Section):
     """How noise levels are drawn and what the loss is. Maths: `wan_dist.core.flow_matching`, `wan_dist.core.losses`."""
 
-    shift: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
-        default="auto", description="Flow shift; auto is the variant's official value (5, 12 or 5)."
+    shift: Literal["auto", "resolution"] | Annotated[float, Field(gt=0)] = Field(
+        default="auto",
+        description="Flow shift; auto is the variant's official value (5, 12 or 5); resolution: by a clip's tokens.",
     )
-    sampling: Literal["uniform", "logit_normal"] = Field(
+    shift_rule: Literal["sqrt", "linear", "exponential"] = Field(
+        default="sqrt",
+        description="For shift resolution. sqrt: SD3's, through the official shift at the official size; linear and "
+        "exponential: diffusers' and Flux's, through `shift_points`.",
+    )
+    shift_points: list[tuple[int, float]] | None = Field(
+        default=None,
+        description="[tokens, shift] pairs of `shift_rule`: one for sqrt (null: the official one), two for the others.",
+    )
+    sampling: Literal["uniform", "logit_normal", "mode", "sigmoid", "beta"] = Field(
         default="uniform", description="Distribution of u in [0, 1] before the shift."
     )
     logit_mean: float = Field(default=0.0, description="Mean of logit(u), for logit_normal.")
@@ -152,6 +162,19 @@ class FlowConfig(Section):
     weighting: Literal["none", "sigma_sqrt", "cosmap", "bell"] = Field(
         default="none", description="Weight of a sample by its noise level (docs/training.md)."
     )
+    sigmoid_scale: float = Field(default=1.0, gt=0, description="u = sigmoid(scale x unit normal), for sigmoid.")
+    mode_scale: float = Field(
+        default=1.29, description="SD3's scale, for mode: -1 to 1.75; above 0 the middle is drawn more often."
+    )
+    beta_alpha: float = Field(default=0.6, ge=0.1, le=100, description="First parameter of the beta distribution.")
+    beta_beta: float = Field(default=0.6, ge=0.1, le=100, description="Second parameter of the beta distribution.")
+    t_min: Fraction = Field(default=0.0, description="Lowest sigma drawn, by truncation of the distribution.")
+    t_max: Fraction = Field(default=1.0, description="Highest sigma drawn, likewise.")
+
+    @field_validator("shift_points", mode="before")
+    @classmethod
+    def _lists_to_tuples(cls, value: object) -> object:
+        return [tuple(v) if isinstance(v, list) else v for v in value] if isinstance(value, list) else value
 
 
 class OptimConfig(Section):

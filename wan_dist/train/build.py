@@ -11,7 +11,6 @@ from wan_dist.config.check import check_paths
 from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.errors import CheckpointError
-from wan_dist.core.flow_matching import SigmaSampler
 from wan_dist.io import checkpoint as checkpoints
 from wan_dist.io.checkpoint import Checkpoint
 from wan_dist.io.run_folder import checkpoints_dir, claim_run, describe_run, mark_failed, write_status
@@ -29,6 +28,7 @@ from wan_dist.parallel.environment import build_guard
 from wan_dist.parallel.load import build_partitioned, fill_partitions, tensor_files
 from wan_dist.parallel.shutdown import StopRequest
 from wan_dist.train.build_data import Batches, open_batches
+from wan_dist.train.build_flow import sigma_sampler
 from wan_dist.train.hooks import CheckpointHook, ReportHook
 from wan_dist.train.loop import TrainState, train
 from wan_dist.train.objective import Objective
@@ -194,20 +194,10 @@ def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[Batches, str]:
 
 def build_objective(cfg: TrainConfig, variant: WanVariant) -> Objective:
     """Return the flow matching objective, on the noise range of the configured expert."""
-    sigma_min, sigma_max = 0.0, 1.0
+    sampler = sigma_sampler(cfg.flow, variant)
     if variant.boundary is not None:
-        if cfg.model.expert == "high_noise":
-            sigma_min = variant.boundary
-        else:
-            sigma_max = variant.boundary
-    sampler = SigmaSampler(
-        shift=variant.flow_shift if cfg.flow.shift == "auto" else cfg.flow.shift,
-        sampling=cfg.flow.sampling,
-        logit_mean=cfg.flow.logit_mean,
-        logit_std=cfg.flow.logit_std,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-    )
+        high = cfg.model.expert == "high_noise"
+        sampler = sampler.within(variant.boundary, 1.0) if high else sampler.within(0.0, variant.boundary)
     return Objective(sampler, DTYPES[cfg.model.dtype], cfg.train.seed, **objective_options(cfg, variant))
 
 

@@ -12,6 +12,7 @@ from wan_dist.core.losses import LossName, Weighting, distance, weighted_mean
 from wan_dist.core.rng import generator, uniform
 from wan_dist.data.batching import Batch
 from wan_dist.models.wan.forward import predict_velocity
+from wan_dist.models.wan.variants import latent_tokens
 
 FIRST_FRAME_NOISE = (-3.5, 0.5)
 """Mean and standard deviation of the logarithm of the noise added to a given first frame.
@@ -71,7 +72,8 @@ class Objective:
     def draw_sigma(self, batch: Batch) -> Tensor:
         """Return one noise level per sample, [B] fp32 on the batch's device, the same whichever rank asks."""
         quantiles = [uniform(self.seed, "sigma", batch.bucket, position) for position in batch.positions]
-        return self.sampler.sigma(torch.tensor(quantiles, dtype=torch.float64)).to(batch.latents.device)
+        sampler = self.sampler.for_tokens(latent_tokens(batch.latents.shape))
+        return sampler.sigma(torch.tensor(quantiles, dtype=torch.float64)).to(batch.latents.device)
 
     def draw_noise(self, batch: Batch) -> Tensor:
         """Return unit normal noise like the latents, [B, C, f, h, w] fp32, the same whichever rank asks."""

@@ -95,3 +95,43 @@ def test_a_run_folder_that_cannot_be_made_is_named_before_the_start(tmp_path: Pa
     found = _output_problem(tmp_path / run_dir)
     assert found == f"{tmp_path / 'file'} is not a folder"
     assert _output_problem(tmp_path / "new" / "deeper") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "message"),
+    [
+        (TI2V, ["flow.t_min=0.5", "flow.t_max=0.5"], "flow.t_min = 0.5 is not below flow.t_max = 0.5"),
+        (
+            A14B,
+            ["flow.t_max=0.8"],
+            "no noise level to t2v-A14B's high_noise expert (boundary 0.875); use flow.t_max above 0.875, or model.expert",
+        ),
+        (A14B, ["model.expert=low_noise", "flow.t_min=0.875"], "use flow.t_min below 0.875, or model.expert: high_"),
+        (TI2V, ["flow.sampling=mode", "flow.mode_scale=1.8"], "flow.mode_scale = 1.8 is not in [-1, 1.7519]"),
+        (
+            TI2V,
+            ["flow.beta_alpha=2.0"],
+            "flow.sampling = uniform does not read it; remove it, or use flow.sampling: beta",
+        ),
+        (TI2V, ["flow.shift=resolution", "flow.shift_rule=linear"], "flow.shift_points is missing: shift_rule linear"),
+        (TI2V, ["flow.shift_points=[[256, 3]]"], "only flow.shift: resolution reads it, flow.shift is auto"),
+        (TI2V, ["flow.shift_rule=linear"], "flow.shift_rule = linear: only flow.shift: resolution reads it"),
+        (TI2V, ["flow.shift=resolution", "flow.shift_points=[[1, 2], [3, 4]]"], "shift rule sqrt takes 1 points"),
+        (
+            TI2V,
+            ["flow.shift=resolution", "flow.shift_rule=linear", "flow.shift_points=[[100, 5], [200, 4]]"],
+            "the line through ((100, 5.0), (200, 4.0)) gives shift",
+        ),
+    ],
+)
+def test_noise_levels_that_cannot_be_drawn_are_refused(path: Path, overrides: list[str], message: str):
+    assert message in problems_of(path, *overrides)
+
+
+def test_every_sampling_and_shift_rule_loads():
+    for sampling in ("uniform", "logit_normal", "mode", "sigmoid", "beta"):
+        load_config(A14B, [f"flow.sampling={sampling}", "flow.t_min=0.1", "flow.t_max=0.95"])
+    load_config(A14B, ["flow.shift=resolution"])
+    load_config(
+        A14B, ["flow.shift=resolution", "flow.shift_rule=exponential", "flow.shift_points=[[32760, 3], [75600, 5]]"]
+    )

@@ -99,7 +99,7 @@ def test_bad_overrides_are_named(good: Path, override: str, message: str):
         ("train.num_steps=true", "train.num_steps = true is not allowed; use a whole number."),
         ("data.allow_upscale=no", "data.allow_upscale = 'no' is not allowed; use true or false."),
         ("data.crop=middle", "data.crop = 'middle' is not allowed; use 'center' or 'random'."),
-        ("flow.shift=big", "flow.shift = 'big' is not allowed; use 'auto' or a number."),
+        ("flow.shift=big", "flow.shift = 'big' is not allowed; use 'auto' or 'resolution' or a number."),
         ("optim=", "optim = null is not allowed; use a section of keys."),
         ("optim.betas=[0.9]", "optim.betas = [0.9] has too few items."),
         ("data.sizes=[]", "data.sizes = [] is not allowed: List should have at least 1 item"),

@@ -1,9 +1,14 @@
 """The constants of the WAN 2.2 variants, as the official repository has them."""
 
 import difflib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wan_dist.core.errors import ConfigError
+
+PATCH_SIZE = (1, 2, 2)
+"""Latents per token (frames, height, width), the same for all variants."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class WanVariant:
         """Whether the input carries mask and condition channels beside the noisy latents."""
         return self.in_channels != self.latent_channels
 
+    def num_tokens(self, num_frames: int, width: int, height: int) -> int:
+        """Return the tokens of a video of `num_frames` frames (4n+1) and width x height px."""
+        frames = (num_frames - 1) // self.vae_stride[0] + 1
+        return frames * (height // self.pixel_multiple) * (width // self.pixel_multiple)
+
 
 _A14B_SIZES_PX = ((1280, 720), (720, 1280), (832, 480), (480, 832))
 
@@ -85,7 +95,7 @@ VARIANTS: dict[str, WanVariant] = {
         out_channels=48,
         latent_channels=48,
         vae_stride=(4, 16, 16),
-        patch_size=(1, 2, 2),
+        patch_size=PATCH_SIZE,
         boundary=None,
         flow_shift=5.0,
         num_frames=121,
@@ -107,7 +117,7 @@ VARIANTS: dict[str, WanVariant] = {
         out_channels=16,
         latent_channels=16,
         vae_stride=(4, 8, 8),
-        patch_size=(1, 2, 2),
+        patch_size=PATCH_SIZE,
         boundary=0.875,
         flow_shift=12.0,
         num_frames=81,
@@ -129,7 +139,7 @@ VARIANTS: dict[str, WanVariant] = {
         out_channels=16,
         latent_channels=16,
         vae_stride=(4, 8, 8),
-        patch_size=(1, 2, 2),
+        patch_size=PATCH_SIZE,
         boundary=0.9,
         flow_shift=5.0,
         num_frames=81,
@@ -157,3 +167,8 @@ def get_variant(name: str) -> WanVariant:
     near = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.4)
     hint = f"; did you mean {' or '.join(by_lower[match] for match in near)}?" if near else "."
     raise ConfigError(f"variant {name!r} is unknown; known are {', '.join(VARIANTS)}{hint}")
+
+
+def latent_tokens(shape: Sequence[int]) -> int:
+    """Return the tokens of one sample of latents of `shape`, [.., f, h, w]."""
+    return math.prod(size // patch for size, patch in zip(shape[-3:], PATCH_SIZE, strict=True))
