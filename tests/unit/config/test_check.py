@@ -104,7 +104,7 @@ def test_a_run_folder_that_cannot_be_made_is_named_before_the_start(tmp_path: Pa
         (
             A14B,
             ["flow.t_max=0.8"],
-            "no noise level to t2v-A14B's high_noise expert (boundary 0.875); use flow.t_max above 0.875, or model.expert",
+            "no noise level to t2v-A14B's high_noise expert (boundary 0.875); use flow.t_max above 0.875, or model",
         ),
         (A14B, ["model.expert=low_noise", "flow.t_min=0.875"], "use flow.t_min below 0.875, or model.expert: high_"),
         (TI2V, ["flow.sampling=mode", "flow.mode_scale=1.8"], "flow.mode_scale = 1.8 is not in [-1, 1.7519]"),
