@@ -129,11 +129,10 @@ def test_the_probability_of_high_noise_at_wans_shifts():
 def test_mode_and_logit_normal_are_those_of_diffusers_scripts():
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
-    def theirs(scheme: str, **options: float) -> torch.Tensor:
+    def theirs(scheme: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(5)
-        return compute_density_for_timestep_sampling(
-            scheme, MILLION, generator=generator, **{"logit_mean": 0.2, "logit_std": 0.8, "mode_scale": 1.29, **options}
-        ).double()
+        drawn = compute_density_for_timestep_sampling(scheme, MILLION, 0.2, 0.8, 1.29, generator=generator)
+        return drawn.double()
 
     mode = SigmaSampler(shift=1.0, sampling="mode", mode_scale=1.29)
     assert _kolmogorov_smirnov(theirs("mode"), mode) < KS_LIMIT
@@ -161,10 +160,11 @@ def test_a_shift_by_resolution_is_sd3s_and_fluxs():
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    for rule, points in (
+    cases: list[tuple[Any, tuple[tuple[int, float], ...]]] = [
         ("exponential", ((256, math.exp(0.5)), (4096, math.exp(1.15)))),
         ("linear", ((256, 0.5), (4096, 1.15))),
-    ):
+    ]
+    for rule, points in cases:
         scheduler: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=rule)
         resolution = ResolutionShift(rule, points)
         for num_tokens in (256, 1560, 4096, 8190):
