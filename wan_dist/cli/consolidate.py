@@ -11,26 +11,50 @@ EPILOG = "Example: wan-dist consolidate quickstart/run export/quickstart --forma
 def consolidate(
     source: Annotated[Path, typer.Argument(help="Run folder (its newest whole checkpoint) or checkpoint folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    layout: Annotated[Literal["diffusers"], typer.Option("--format", help="Layout of the result.")] = "diffusers",
+    layout: Annotated[
+        Literal["diffusers", "original", "comfyui"], typer.Option("--format", help="Layout of the result.")
+    ] = "diffusers",
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the written weights.")] = "bf16",
-    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Size at which a new weight file begins, GB.")] = 5.0,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Size at which a new weight file begins, such as 5GB or 500MB.")
+    ] = "5GB",
+    expert: Annotated[
+        Literal["high_noise", "low_noise"] | None,
+        typer.Option(help="Only this expert; all that were trained otherwise."),
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the running average instead of the last weights.")] = False,
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora", help="Add the LoRA that was trained to the weights it was trained on.")
+    ] = False,
 ) -> None:
-    """Write the fp32 master weights of a checkpoint as a pipeline folder, without a GPU or the model."""
+    """Write the fp32 master weights of a checkpoint as other programs load them, without a GPU or the model.
+
+    diffusers: a whole pipeline folder. original: the official repository's folders. comfyui: a file per expert.
+    """
     from rich.console import Console
 
     from wan_dist.cli.progress import ByteProgress, progress_bar
-    from wan_dist.io.consolidate import DTYPES, FORMATS, Progress, find_checkpoint
+    from wan_dist.cli.sizes import bytes_of
+    from wan_dist.io.component_weights import find_checkpoint
+    from wan_dist.io.consolidate import Progress
+    from wan_dist.io.consolidate import consolidate as write
+    from wan_dist.io.safetensors_stream import DTYPES
     from wan_dist.parallel.environment import prepare_environment
 
+    max_shard_bytes = bytes_of(max_shard_size, "--max-shard-size")
     prepare_environment()
     checkpoint = find_checkpoint(source)
     with progress_bar(Console(stderr=True)) as bar:
         told = ByteProgress(bar, f"consolidate step {checkpoint.step}")
-        written = FORMATS[layout](
+        written = write(
             checkpoint,
             out,
+            layout=layout,
             dtype=DTYPES[dtype],
-            max_shard_bytes=int(max_shard_gb * 1e9),
+            max_shard_bytes=max_shard_bytes,
             progress=Progress(told.start, told.advance),
+            expert=expert,
+            ema=ema,
+            merge_lora=merge_lora,
         )
     typer.echo(written)

@@ -1,21 +1,35 @@
-"""Sharded checkpoints into folders that users load."""
+"""Sharded checkpoints into the folders and files that users load."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wan_dist.core.errors import CheckpointError, ModelError
-from wan_dist.io.checkpoint import Checkpoint, newest_whole, read_manifest, step_folders
-from wan_dist.io.run_folder import checkpoints_dir
-from wan_dist.io.safetensors_stream import write_sharded
-from wan_dist.io.zero_shards import ShardedTensor, read_master_weights
+from wan_dist.io.checkpoint import Checkpoint
+from wan_dist.io.component_weights import (
+    base_transformer,
+    chosen_components,
+    expert_of,
+    full_weights,
+    lora_weights,
+    merged_weights,
+    method_of,
+)
+from wan_dist.io.hashing import write_json_atomic, write_text_atomic
+from wan_dist.io.model_files import WEIGHTS_NAME
+from wan_dist.io.provenance import header_of, model_card
+from wan_dist.io.safetensors_stream import num_bytes, write_file, write_sharded
+from wan_dist.io.tensor_stream import TensorStream
+from wan_dist.models.wan.keys import tensor_to_original
+from wan_dist.models.wan.original import original_config
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_WEIGHTS_NAME = "diffusion_pytorch_model"
+_DTYPE_LABELS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -26,101 +40,206 @@ class Progress:
     advance: Callable[[int], None]
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """Return the verified checkpoint that a run folder (its newest whole one) or a checkpoint folder names.
+@dataclass(frozen=True)
+class Export:
+    """What is to be written.
 
-    Raises:
-        CheckpointError: none there, or the named one is damaged.
+    Attributes:
+        checkpoint: a verified checkpoint.
+        weights: component to its tensors by diffusers' names.
+        title: name of the result.
+        dtype: dtype of the tensors.
+        max_shard_bytes: size at which a new weight file begins, where the layout has several.
+        ema: whether the weights are the running average.
+        on_bytes: told of bytes written and compared.
     """
-    if (path / "manifest.json").is_file():
-        checkpoint = read_manifest(path)
-        if problems := checkpoint.problems():
-            raise CheckpointError(f"{'; '.join(problems)}; choose another checkpoint of {path.parent}.")
-        return checkpoint
-    root = checkpoints_dir(path)
-    checkpoint = newest_whole(root)
-    if checkpoint is None:
-        seen = f"{len(step_folders(root))} damaged ones" if step_folders(root) else "none"
-        raise CheckpointError(f"{path}: no whole checkpoint under {root} ({seen}); give a run or checkpoint folder.")
-    return checkpoint
+
+    checkpoint: Checkpoint
+    weights: Mapping[str, Mapping[str, TensorStream]]
+    title: str
+    dtype: torch.dtype
+    max_shard_bytes: int
+    ema: bool
+    on_bytes: Callable[[int], None]
+
+    @property
+    def base(self) -> Path:
+        """The pipeline folder that the run started from."""
+        return Path(self.checkpoint.state["model_path"])
+
+    def header(self, component: str) -> dict[str, str]:
+        """Return the header strings of a component's files."""
+        return header_of(self.checkpoint, component, self.title, ema=self.ema)
+
+    def write(self, folder: Path, component: str, tensors: Mapping[str, TensorStream]) -> None:
+        """Write tensors as diffusers names weight files."""
+        write_sharded(
+            folder,
+            WEIGHTS_NAME,
+            tensors,
+            dtype=self.dtype,
+            max_shard_bytes=self.max_shard_bytes,
+            metadata=self.header(component),
+            on_bytes=self.on_bytes,
+        )
 
 
-def to_diffusers(
-    checkpoint: Checkpoint, out: Path, *, dtype: torch.dtype, max_shard_bytes: int, progress: Progress
+def consolidate(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    layout: str,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    progress: Progress,
+    expert: str | None = None,
+    ema: bool = False,
+    merge_lora: bool = False,
 ) -> Path:
-    """Write a diffusers pipeline folder: the trained transformer and the base pipeline's other parts.
+    """Write the trained transformers of a checkpoint in a layout that others load.
 
     Args:
         checkpoint: a verified checkpoint.
         out: folder to make; it appears only when complete.
-        dtype: dtype of the transformer's tensors.
-        max_shard_bytes: size at which a new weight file begins.
+        layout: a key of `LAYOUTS`.
+        dtype: dtype of the written tensors.
+        max_shard_bytes: size at which a new weight file begins; ComfyUI's files are always whole.
         progress: told of bytes written and compared.
+        expert: only this one; None for all that were trained.
+        ema: the running average instead of the last weights.
+        merge_lora: add the LoRA of the checkpoint to the weights it was trained on.
 
     Returns:
         `out`.
 
     Raises:
-        CheckpointError: `out` exists, or the checkpoint's layout is unknown.
+        CheckpointError: `out` exists, the checkpoint's layout is unknown, or it holds no whole transformer.
         ModelError: the base pipeline folder that the run names is gone.
+    """
+    components = _transformers(checkpoint, expert, merge_lora)
+    base = Path(checkpoint.state["model_path"])
+    for component in components:
+        if not (base / component / "config.json").is_file():
+            raise ModelError(f"{base}: the base pipeline of this run is gone; put it back, its other parts are needed.")
+    weights = {component: _weights(checkpoint, component, ema) for component in components}
+    # Every byte is written once and read back once.
+    progress.start(2 * sum(num_bytes(tensors, dtype) for tensors in weights.values()))
+    export = Export(checkpoint, weights, out.resolve().name, dtype, max_shard_bytes, ema, progress.advance)
+    with new_folder(out) as folder:
+        usage = LAYOUTS[layout](export, folder)
+        label = _DTYPE_LABELS[dtype]
+        card = model_card(checkpoint, export.title, layout=layout, dtype=label, ema=ema, usage=usage)
+        write_text_atomic(folder / "README.md", card)
+    return out
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `out` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        CheckpointError: `out` exists and is not an empty folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not empty; give a new folder.")
-    base, (trained,) = Path(checkpoint.state["model_path"]), checkpoint.components
-    if not (base / trained / "config.json").is_file():
-        raise ModelError(f"{base}: the base pipeline of this run is gone; put it back, its other parts are needed.")
-    tensors = read_master_weights(checkpoint.folder / trained)
     out = out.resolve()  # "." has no name to derive another from
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir(parents=True)
     try:
-        shutil.copytree(base, temporary, ignore=_weights_of(base / trained))
-        _write_transformer(temporary / trained, tensors, checkpoint, dtype, max_shard_bytes, progress)
+        yield temporary
         if out.exists():
             out.rmdir()
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return out
 
 
-def _weights_of(folder: Path) -> Callable[[str, list[str]], list[str]]:
-    """Return a copytree filter that leaves out the old weights of one component."""
+def copy_pipeline(base: Path, folder: Path, replaced: Mapping[str, Any]) -> None:
+    """Copy a pipeline folder without the weights of the components in `replaced`."""
 
     def ignore(directory: str, names: list[str]) -> list[str]:
-        if Path(directory) != folder:
+        if Path(directory).parent != base or Path(directory).name not in replaced:
             return []
-        return [n for n in names if n.startswith(_WEIGHTS_NAME)]
+        return [name for name in names if name.startswith(WEIGHTS_NAME)]
 
-    return ignore
-
-
-def _write_transformer(
-    folder: Path,
-    tensors: dict[str, ShardedTensor],
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    progress: Progress,
-) -> None:
-    total = sum(torch.Size(t.shape).numel() for t in tensors.values()) * dtype.itemsize
-    progress.start(2 * total)  # written once, read back once
-    metadata = {
-        "format": "pt",
-        "wan_dist.step": str(checkpoint.step),
-        "wan_dist.state": json.dumps(checkpoint.state, sort_keys=True),
-    }
-    write_sharded(
-        folder,
-        _WEIGHTS_NAME,
-        tensors,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        metadata=metadata,
-        on_bytes=progress.advance,
-    )
+    shutil.copytree(base, folder, ignore=ignore, dirs_exist_ok=True)
 
 
-FORMATS = {"diffusers": to_diffusers}
+def expert_file(title: str, expert: str | None) -> str:
+    """Return the file name of one expert's single file."""
+    return f"{title}_{expert}.safetensors" if expert else f"{title}.safetensors"
+
+
+def _transformers(checkpoint: Checkpoint, expert: str | None, merge_lora: bool) -> tuple[str, ...]:
+    kind = method_of(checkpoint)["kind"]
+    if kind == "embedding":
+        raise CheckpointError(f"{checkpoint.folder}: holds a text embedding; use wan-dist embedding export.")
+    if kind == "lora" and not merge_lora:
+        raise CheckpointError(
+            f"{checkpoint.folder}: holds a LoRA; use wan-dist lora export, or --merge-lora for a whole model with it."
+        )
+    if kind == "full" and merge_lora:
+        raise CheckpointError(f"{checkpoint.folder}: holds whole weights and no LoRA; leave --merge-lora out.")
+    return chosen_components(checkpoint, expert)
+
+
+def _weights(checkpoint: Checkpoint, component: str, ema: bool) -> dict[str, TensorStream]:
+    if method_of(checkpoint)["kind"] == "full":
+        return full_weights(checkpoint, component, ema=ema)
+    lora = lora_weights(checkpoint, component, ema=ema)
+    base = Path(checkpoint.state["model_path"]) / component
+    return merged_weights(base_transformer(checkpoint, component), [(lora, 1.0)], str(base))
+
+
+def _to_diffusers(export: Export, folder: Path) -> str:
+    """Write the base pipeline with the trained transformers in place of its own."""
+    copy_pipeline(export.base, folder, export.weights)
+    for component, tensors in export.weights.items():
+        export.write(folder / component, component, tensors)
+    pipeline = json.loads((export.base / "model_index.json").read_text())["_class_name"]
+    return f'import diffusers\n\npipeline = diffusers.{pipeline}.from_pretrained("{export.title}")'
+
+
+def _to_original(export: Export, folder: Path) -> str:
+    """Write the official repository's layout: a folder per expert, or the only transformer at the top."""
+    for component, tensors in export.weights.items():
+        expert = expert_of(export.checkpoint, component)
+        target = folder / f"{expert}_model" if expert else folder
+        target.mkdir(exist_ok=True)
+        export.write(target, component, _original_names(tensors))
+        config = json.loads((export.base / component / "config.json").read_text())
+        write_json_atomic(target / "config.json", original_config(config, export.checkpoint.state["variant"]))
+    return ""
+
+
+def _to_comfyui(export: Export, folder: Path) -> str:
+    """Write one file per expert for ComfyUI's `models/diffusion_models`, under bare original names as it ships them."""
+    for component, tensors in export.weights.items():
+        write_file(
+            folder / expert_file(export.title, expert_of(export.checkpoint, component)),
+            _original_names(tensors),
+            dtype=export.dtype,
+            metadata=export.header(component),
+            on_bytes=export.on_bytes,
+        )
+    return ""
+
+
+def _original_names(tensors: Mapping[str, TensorStream]) -> dict[str, TensorStream]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        original = tensor_to_original(name)
+        if original is None:
+            raise CheckpointError(f"{name}: is no tensor of a WAN 2.2 transformer, so it has no original name.")
+        renamed[original] = tensor
+    return renamed
+
+
+LAYOUTS: dict[str, Callable[[Export, Path], str]] = {
+    "diffusers": _to_diffusers,
+    "original": _to_original,
+    "comfyui": _to_comfyui,
+}
+"""Writer of each layout: fills a folder, returns Python lines that load it (none where no Python does)."""

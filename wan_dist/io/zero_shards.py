@@ -110,7 +110,11 @@ def read_master_weights(folder: Path, *, frozen: bool = True) -> dict[str, Shard
     Raises:
         CheckpointError: files are missing or their layout is unknown.
     """
-    shards = open_shards(folder)
+    return master_weights(open_shards(folder), frozen=frozen)
+
+
+def master_weights(shards: Shards, *, frozen: bool = True) -> dict[str, ShardedTensor]:
+    """Return the fp32 master weights of opened shards, as `read_master_weights` does."""
     tensors = _frozen(shards) if frozen else {}
     pieces = pieces_of(shards.groups)
     for shapes in shards.shapes:

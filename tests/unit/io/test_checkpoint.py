@@ -18,7 +18,7 @@ from wan_dist.io.checkpoint import (
     set_aside_newer,
     step_folders,
 )
-from wan_dist.io.consolidate import find_checkpoint
+from wan_dist.io.component_weights import find_checkpoint
 from wan_dist.io.hashing import sha256_of, write_json_atomic
 
 

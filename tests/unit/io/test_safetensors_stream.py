@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,20 +9,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from wan_dist.core.errors import CheckpointError
-from wan_dist.io import safetensors_stream
+from wan_dist.io import safetensors_stream, tensor_stream
 from wan_dist.io.safetensors_stream import write_sharded
+from wan_dist.io.tensor_stream import TensorStream, of_shards, of_tensor
 from wan_dist.io.zero_shards import ShardedTensor
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (), "d": (2, 3, 4), "e": (1, 11)}
 
 
-def pieces_of(tensor: torch.Tensor, world_size: int) -> ShardedTensor:
+def pieces_of(tensor: torch.Tensor, world_size: int) -> TensorStream:
     """Return a tensor cut as ZeRO-3 cuts it."""
     flat = tensor.flatten()
     part = math.ceil(flat.numel() / world_size)
-    return ShardedTensor(
-        tuple(tensor.shape), tensor.dtype, tuple(flat[i * part : (i + 1) * part] for i in range(world_size))
-    )
+    pieces = tuple(flat[i * part : (i + 1) * part] for i in range(world_size))
+    return of_shards(ShardedTensor(tuple(tensor.shape), tensor.dtype, pieces))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def write(
 def test_one_file_loads_equal(
     tensors: dict[str, torch.Tensor], dtype: torch.dtype, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors_stream, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(tensor_stream, "CHUNK_ELEMENTS", chunk)
     files, num_bytes = write(tmp_path, tensors, dtype=dtype)
     assert files == [tmp_path / "model.safetensors"]
     assert list(tmp_path.iterdir()) == files
@@ -97,11 +98,32 @@ def test_a_number_beyond_fp16_is_refused(tensors: dict[str, torch.Tensor], tmp_p
     write(tmp_path, tensors, dtype=torch.bfloat16)
 
 
-def test_a_file_that_changed_after_writing_is_noticed(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    files, _ = write(tmp_path, tensors, dtype=torch.float32)
-    content = bytearray(files[0].read_bytes())
-    content[-1] ^= 1
-    files[0].write_bytes(content)
-    parts = {name: pieces_of(tensor, 3) for name, tensor in tensors.items()}
-    with pytest.raises(CheckpointError, match="e reads back differently"):
-        safetensors_stream._compare_file(files[0], parts, torch.float32, lambda _: None)
+def test_a_bit_that_changes_between_writing_and_reading_is_noticed(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compare_damaged(path: Path, *rest: Any) -> None:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        real(path, *rest)
+
+    real = safetensors_stream._compare
+    monkeypatch.setattr(safetensors_stream, "_compare", compare_damaged)
+    with pytest.raises(CheckpointError, match="reads back differently"):
+        write(tmp_path, tensors, dtype=torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_several_dtypes_keep_them_and_lie_aligned(tmp_path: Path) -> None:
+    mixed = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.float16)}
+    safetensors_stream.write_file(
+        tmp_path / "mixed.safetensors",
+        {name: of_tensor(tensor) for name, tensor in mixed.items()},
+        dtype=None,
+        metadata={},
+        on_bytes=lambda _: None,
+    )
+    loaded = load_file(tmp_path / "mixed.safetensors")
+    assert {name: tensor.dtype for name, tensor in loaded.items()} == {n: t.dtype for n, t in mixed.items()}
+    header = json.loads((tmp_path / "mixed.safetensors").read_bytes()[8:].partition(b"}}")[0] + b"}}")
+    assert header["b"]["data_offsets"] == [0, 8]

@@ -1,0 +1,113 @@
+"""Weight files of WAN transformers, in any naming, as streams under diffusers' names."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from wan_dist.core.errors import ModelError
+from wan_dist.io.tensor_stream import TensorStream, of_slice
+from wan_dist.models.wan.keys import COMFYUI_PREFIX, tensor_to_diffusers, tensor_to_original
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SCALE_MARKS = ("scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A transformer's weights, opened and not read.
+
+    Attributes:
+        tensors: by diffusers' names.
+        naming: diffusers, original or comfyui, as the files have it.
+        metadata: header strings of the first file.
+    """
+
+    tensors: dict[str, TensorStream]
+    naming: str
+    metadata: dict[str, str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of most of the weights: that of the largest tensor."""
+        return max(self.tensors.values(), key=lambda tensor: tensor.count).dtype
+
+
+def open_model(path: Path) -> ModelFiles:
+    """Return the weights of a transformer's folder or single file.
+
+    Args:
+        path: a `.safetensors` file, or a folder that holds an index or safetensors files.
+
+    Raises:
+        ModelError: none there, unreadable, quantised, or not WAN's tensors.
+    """
+    found: dict[str, TensorStream] = {}
+    metadata: dict[str, str] = {}
+    for file in weight_files(path):
+        try:
+            # Stays open: the streams read from its mapping.
+            handle = safe_open(file, framework="pt").__enter__()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: cannot be read as safetensors ({error}).") from None
+        metadata = metadata or handle.metadata() or {}
+        for name in handle.keys():  # noqa: SIM118  # not a dict
+            if name in found:
+                raise ModelError(f"{file}: {name} is in another file of {path} too.")
+            found[name] = of_slice(view := handle.get_slice(name), _dtype(file, name, view.get_dtype()))
+    tensors, naming = _renamed(path, found)
+    return ModelFiles(tensors, naming, metadata)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files of a model file, or of a folder: what its index names, or all in it.
+
+    Raises:
+        ModelError: there are none, or the index names one that is absent.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(f"{path}: only .safetensors files are read; pickles (.pt, .pth, .bin) can run code.")
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise ModelError(f"{path}: has {len(indices)} indices ({indices[0].name}, {indices[1].name}); leave one.")
+    if indices:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{indices[0]}: cannot be read ({error!r}); download the model again.") from None
+        files = [path / Path(str(name)).name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{file}: is named by {indices[0].name} and absent; download the model again.")
+    if not files:
+        raise ModelError(f"{path}: holds no .safetensors files.")
+    return files
+
+
+def _dtype(file: Path, name: str, dtype: str) -> torch.dtype:
+    if dtype.startswith("F8") or any(name.endswith(mark) for mark in _SCALE_MARKS):
+        raise ModelError(f"{file}: fp8 weights ({name}) have lost what training needs; use the bf16 or fp16 file.")
+    if dtype not in _DTYPES:
+        raise ModelError(f"{file}: {name} is stored as {dtype}; only fp32, fp16 and bf16 are read.")
+    return _DTYPES[dtype]
+
+
+def _renamed(path: Path, found: dict[str, TensorStream]) -> tuple[dict[str, TensorStream], str]:
+    if all(tensor_to_original(name) for name in found):
+        # `patch_embedding` has the same name in both; a file of nothing else would be no model.
+        return found, "diffusers"
+    prefixed = any(name.startswith(COMFYUI_PREFIX) for name in found)
+    tensors: dict[str, TensorStream] = {}
+    for name, tensor in found.items():
+        ours = tensor_to_diffusers(name.removeprefix(COMFYUI_PREFIX))
+        if ours is None:
+            raise ModelError(f"{path}: {name} is no tensor of a WAN 2.2 transformer.")
+        tensors[ours] = tensor
+    return tensors, "comfyui" if prefixed else "original"
