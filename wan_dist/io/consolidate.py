@@ -22,11 +22,10 @@ from wan_dist.io.component_weights import (
     method_of,
 )
 from wan_dist.io.hashing import write_json_atomic, write_text_atomic
-from wan_dist.io.model_files import WEIGHTS_NAME
+from wan_dist.io.model_files import WEIGHTS_NAME, in_naming
 from wan_dist.io.provenance import header_of, model_card
 from wan_dist.io.safetensors_stream import num_bytes, write_file, write_sharded
 from wan_dist.io.tensor_stream import TensorStream
-from wan_dist.models.wan.keys import tensor_to_original
 from wan_dist.models.wan.original import original_config
 
 _DTYPE_LABELS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -208,7 +207,7 @@ def _to_original(export: Export, folder: Path) -> str:
         expert = expert_of(export.checkpoint, component)
         target = folder / f"{expert}_model" if expert else folder
         target.mkdir(exist_ok=True)
-        export.write(target, component, _original_names(tensors))
+        export.write(target, component, in_naming(tensors, "original"))
         config = json.loads((export.base / component / "config.json").read_text())
         write_json_atomic(target / "config.json", original_config(config, export.checkpoint.state["variant"]))
     return ""
@@ -219,22 +218,12 @@ def _to_comfyui(export: Export, folder: Path) -> str:
     for component, tensors in export.weights.items():
         write_file(
             folder / expert_file(export.title, expert_of(export.checkpoint, component)),
-            _original_names(tensors),
+            in_naming(tensors, "original"),
             dtype=export.dtype,
             metadata=export.header(component),
             on_bytes=export.on_bytes,
         )
     return ""
-
-
-def _original_names(tensors: Mapping[str, TensorStream]) -> dict[str, TensorStream]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        original = tensor_to_original(name)
-        if original is None:
-            raise CheckpointError(f"{name}: is no tensor of a WAN 2.2 transformer, so it has no original name.")
-        renamed[original] = tensor
-    return renamed
 
 
 LAYOUTS: dict[str, Callable[[Export, Path], str]] = {

@@ -1,6 +1,7 @@
 """Weight files of WAN transformers, in any naming, as streams under diffusers' names."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def weight_files(path: Path) -> list[Path]:
         if not file.is_file():
             raise ModelError(f"{file}: is named by {indices[0].name} and absent; download the model again.")
     if not files:
-        raise ModelError(f"{path}: holds no .safetensors files.")
+        hint = "; name its transformer folder" if (path / "model_index.json").is_file() else ""
+        raise ModelError(f"{path}: holds no .safetensors files{hint}.")
     return files
 
 
@@ -111,3 +113,25 @@ def _renamed(path: Path, found: dict[str, TensorStream]) -> tuple[dict[str, Tens
             raise ModelError(f"{path}: {name} is no tensor of a WAN 2.2 transformer.")
         tensors[ours] = tensor
     return tensors, "comfyui" if prefixed else "original"
+
+
+def in_naming(tensors: Mapping[str, TensorStream], naming: str) -> dict[str, TensorStream]:
+    """Return tensors under the names of a naming.
+
+    Args:
+        tensors: by diffusers' names.
+        naming: diffusers, original or comfyui.
+
+    Raises:
+        ModelError: a tensor has no original name.
+    """
+    if naming == "diffusers":
+        return dict(tensors)
+    prefix = COMFYUI_PREFIX if naming == "comfyui" else ""
+    renamed = {}
+    for name, tensor in tensors.items():
+        original = tensor_to_original(name)
+        if original is None:
+            raise ModelError(f"{name}: is no tensor of a WAN 2.2 transformer, so it has no original name.")
+        renamed[prefix + original] = tensor
+    return renamed
