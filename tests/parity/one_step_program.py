@@ -27,8 +27,9 @@ def main(config: str, out: str) -> None:
     variant = get_variant(cfg.model.variant)
     steps_per_rank = build.accumulation(cfg, ranks.world_size)
     batches, _ = build.build_batches(cfg, ranks)
-    engine = build.build_engine(cfg, variant, build.deepspeed_settings(cfg, ranks, steps_per_rank), ranks)
-    objective = build.build_objective(cfg, variant)
+    settings = build.deepspeed_settings(cfg, ranks, steps_per_rank)
+    (expert,) = build.build_experts(cfg, variant, settings, ranks)
+    engine, objective = expert.engine, expert.objective
     _, micro_batches = next(batches.steps(0, 0))
     losses, positions = [], []
     for number, batch in enumerate(micro_batches):
@@ -55,7 +56,8 @@ def _bf16_rope(cfg, variant, ranks, build) -> torch.Tensor:
     """The RoPE table of the same model built for bf16 training, where `zero.Init` damages it."""
     bf16 = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": "bf16"})})
     settings = build.deepspeed_settings(bf16, ranks, build.accumulation(bf16, ranks.world_size))
-    rope = build.build_engine(bf16, variant, settings, ranks).module.rope
+    (expert,) = build.build_experts(bf16, variant, settings, ranks)
+    rope = expert.engine.module.rope
     return torch.stack([rope.freqs_cos, rope.freqs_sin]).contiguous()
 
 

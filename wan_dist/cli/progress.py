@@ -44,6 +44,8 @@ def log_as_rank(rank: int, level: str, console: Console | None = None) -> None:
     logging.getLogger("wan_dist").setLevel(own)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of a kernel that only 4-bit weights on a CPU would want, at every import (0.50).
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # torch 2.13 deprecates the collectives that DeepSpeed 0.19 calls, once per call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from wan_dist.config.check_conditions import condition_problems
 from wan_dist.config.check_flow import flow_problems
+from wan_dist.config.check_method import method_problems
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.buckets import FIXED_RULES
@@ -23,6 +24,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
         values: dotted key to value, well-typed; a check whose keys are not all there is left out.
     """
     problems = _optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values) + flow_problems(values)
+    problems += method_problems(values) + _stage_problems(values)
     if "model.variant" in values:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)
@@ -107,6 +109,9 @@ def _stream_problems(values: Mapping[str, Any]) -> list[Problem]:
     """Return the keys that a stream would ignore."""
     if values.get("data.source") != "stream":
         return []
+    if values.get("model.expert") == "both" and values.get("flow.shift") == "resolution":
+        text = "flow.shift = resolution: with data.source = stream and both experts the ranks' shapes differ; use auto."
+        return [Problem(("flow", "shift"), text)]
     unset = {"data.tail": "carry", "data.validation": None, "data.cache_dir": None}
     problems = [
         Problem(tuple(key.split(".")), f"{key} = {values[key]}: data.source = stream cannot do this; remove it.")
@@ -128,6 +133,7 @@ def _deepspeed_problems(values: Mapping[str, Any]) -> list[Problem]:
             world_size=1,
             dtype=values.get("model.dtype", "bf16"),
             max_grad_norm=values.get("optim.max_grad_norm", 1.0),
+            zero_stage=values.get("parallel.zero_stage", 3),
             offload_optimizer=values.get("parallel.offload_optimizer", "none"),
             offload_param=values.get("parallel.offload_param", "none"),
             pin_memory=False,
@@ -138,20 +144,47 @@ def _deepspeed_problems(values: Mapping[str, Any]) -> list[Problem]:
     return []
 
 
+def _stage_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return what a ZeRO stage cannot do."""
+    stage = values.get("parallel.zero_stage", 3)
+    if values.get("train.offload_hidden_states") and values.get("train.gradient_checkpointing") == "none":
+        text = "train.offload_hidden_states: train.gradient_checkpointing = none keeps no such inputs; use block."
+        return [Problem(("train", "offload_hidden_states"), text)]
+    needed = {"offload_param": 3, "offload_optimizer": 1}
+    return [
+        Problem(
+            ("parallel", key),
+            f"parallel.{key} = cpu: needs parallel.zero_stage = {least} or higher, found {stage}; use none.",
+        )
+        for key, least in needed.items()
+        if values.get(f"parallel.{key}", "none") == "cpu" and stage < least
+    ]
+
+
 def _expert_problems(variant: WanVariant, values: Mapping[str, Any]) -> list[Problem]:
     if "model.expert" not in values:
         return []
     expert, path = values["model.expert"], ("model", "expert")
+    trained = variant.experts if expert in (None, "both") else (expert,)
+    unused = [
+        Problem((section, key, name), f"{section}.{key}.{name}: this job does not train {name}; remove it.")
+        for section, key in (("optim", "expert_lr"), ("method", "init_from"))
+        for name in values.get(f"{section}.{key}", {})
+        if name not in trained
+    ]
+    return unused + _one_expert_problems(variant, expert, path)
+
+
+def _one_expert_problems(variant: WanVariant, expert: str | None, path: tuple[str, str]) -> list[Problem]:
     if variant.num_transformers == 1:
         if expert is None:
             return []
         return [
             Problem(path, f"model.expert = {expert}: {variant.name} has one transformer; remove the key or use null.")
         ]
-    if expert in variant.experts:
+    if expert in (*variant.experts, "both"):
         return []
-    shown = "null" if expert is None else expert
-    text = f"model.expert = {shown}: a {variant.name} job trains one expert; use {' or '.join(variant.experts)}."
+    text = f"model.expert = null: {variant.name} has two experts; use {' or '.join(variant.experts)}, or both."
     return [Problem(path, text)]
 
 

@@ -12,6 +12,8 @@ CONFIG_VERSION = 1
 
 VariantName = Literal["ti2v-5B", "t2v-A14B", "i2v-A14B"]
 ExpertName = Literal["high_noise", "low_noise"]
+ComponentName = Literal["transformer", "high_noise", "low_noise"]
+LoraTargets = Literal["attention", "blocks", "all"]
 ShardsName = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -27,8 +29,10 @@ class ModelConfig(Section):
 
     path: str = Field(min_length=1, description="Diffusers folder of the pipeline. Local path.")
     variant: VariantName = Field(description="Official name of the WAN 2.2 variant.")
-    expert: ExpertName | None = Field(
-        default=None, description="Expert of an A14B variant that this job trains; null for ti2v-5B."
+    expert: ExpertName | Literal["both"] | None = Field(
+        default=None,
+        description="Expert of an A14B variant that this job trains; both trains the two in one job, each with its own "
+        "optimizer, on the steps that are drawn for it; null for ti2v-5B.",
     )
     dtype: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Compute dtype of the transformer. Masters and optimizer state are fp32."
@@ -38,7 +42,36 @@ class ModelConfig(Section):
 class MethodConfig(Section):
     """What of the model is trained."""
 
-    kind: Literal["full"] = Field(default="full", description="full: every transformer weight.")
+    kind: Literal["full", "lora", "embedding"] = Field(
+        default="full",
+        description="full: every transformer weight. lora: low-rank adapters. embedding: textual inversion, vectors of "
+        "a new word of the text encoder.",
+    )
+    rank: int = Field(default=32, gt=0, description="lora: rank of the adapters.")
+    alpha: float | None = Field(
+        default=None, gt=0, description="lora: the adapters' output is scaled by alpha / rank; null takes the rank."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="lora: dropout of the adapters' input.")
+    targets: LoraTargets | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
+        default="blocks",
+        description="lora: attention (q, k, v, o), blocks (attention and feed-forward), all (every linear layer), or a "
+        "list of regular expressions, each of which must match whole names such as blocks.0.attn1.to_q.",
+    )
+    rslora: bool = Field(default=False, description="lora: scale by alpha / sqrt(rank).")
+    dora: bool = Field(default=False, description="lora: train the weights' magnitudes too (DoRA).")
+    init_from: dict[ComponentName, Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="lora: adapters to continue from, a file for transformer, high_noise or low_noise, in any format.",
+    )
+    token: str = Field(
+        default="<concept>",
+        pattern=r"^\S+$",
+        description="embedding: the new word. A caption that lacks it gets it in front.",
+    )
+    num_vectors: int = Field(default=4, gt=0, le=64, description="embedding: vectors that the new word stands for.")
+    init_text: str = Field(
+        default="", description="embedding: words whose vectors the new ones start from; empty takes the mean vector."
+    )
 
 
 class DatasetConfig(Section):
@@ -185,6 +218,9 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's decay rates.")
     eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay.")
+    expert_lr: dict[ExpertName, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Peak learning rate of an expert where it is not `lr`."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
     min_lr_ratio: Fraction = Field(default=0.0, description="Share of `lr` at the last step, for linear and cosine.")
@@ -202,15 +238,32 @@ class LoopConfig(Section):
     num_steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
     global_batch_size: int = Field(default=1, gt=0, description="Clips per optimizer step, over all ranks.")
     micro_batch_size: int = Field(default=1, gt=0, description="Clips per forward pass on one rank.")
-    gradient_checkpointing: Literal["none", "block"] = Field(
-        default="block", description="block: keep each block's input and recompute the rest."
+    gradient_checkpointing: Literal["none", "block", "attention"] = Field(
+        default="block",
+        description="block: keep each block's input and recompute the rest. attention: keep attention outputs too.",
+    )
+    offload_hidden_states: bool = Field(
+        default=False, description="Keep the blocks' inputs in host memory until the backward pass."
+    )
+    attention: Literal["auto", "sdpa", "flash", "cudnn"] = Field(
+        default="auto", description="Attention kernel: auto is torch's choice, flash the flash-attn package."
+    )
+    compile: bool = Field(default=False, description="Compile the transformer's blocks with torch.compile.")
+    max_skipped_steps: int = Field(
+        default=10,
+        gt=0,
+        description="Training stops after this many steps in a row with a non-finite loss or gradient.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the sample order, noise, sigma, crops and dropout.")
 
 
 class ParallelConfig(Section):
-    """DeepSpeed ZeRO-3 and its memory options."""
+    """DeepSpeed ZeRO and its memory options."""
 
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=3,
+        description="What the ranks partition: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.",
+    )
     offload_optimizer: Literal["none", "cpu"] = Field(default="none", description="Where optimizer states live.")
     offload_param: Literal["none", "cpu"] = Field(default="none", description="Where partitioned weights live.")
     timeout_s: float = Field(default=1800.0, gt=0, description="Seconds after which a stuck collective ends the job.")

@@ -46,6 +46,12 @@ class Batch:
     condition: Tensor | None
     loss_weights: Tensor | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Transformer tokens of all samples: latents in patches of 1 x 2 x 2."""
+        num_samples, _, frames, height, width = self.latents.shape
+        return num_samples * frames * (height // 2) * (width // 2)
+
 
 class ClipBatches:
     """Reads, decodes and encodes this rank's share of every block, reading ahead in threads.

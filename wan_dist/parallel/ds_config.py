@@ -31,12 +31,13 @@ def deepspeed_config(
     world_size: int,
     dtype: Literal["bf16", "fp32"],
     max_grad_norm: float,
+    zero_stage: int,
     offload_optimizer: Device,
     offload_param: Device,
     pin_memory: bool,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the DeepSpeed ZeRO-3 configuration of a run.
+    """Return the DeepSpeed configuration of a run.
 
     Args:
         micro_batch_size: clips per forward pass on one rank.
@@ -44,6 +45,7 @@ def deepspeed_config(
         world_size: number of ranks.
         dtype: compute dtype; masters, gradient accumulation and optimizer states are fp32 in both.
         max_grad_norm: global gradient norm limit, 0 for none.
+        zero_stage: what is partitioned over the ranks, 0 to 3.
         offload_optimizer: where optimizer states live.
         offload_param: where partitioned weights live.
         pin_memory: page-lock offloaded memory (an accelerator is used).
@@ -52,12 +54,10 @@ def deepspeed_config(
     Raises:
         ConfigError: `extra` sets a key that is set here.
     """
-    zero: dict[str, Any] = {
-        "stage": 3,
-        # The defaults keep two 1 GB buffers alive, which a 24 GB card has no room for (docs/design.md).
-        "reduce_bucket_size": 100_000_000,
-        "stage3_prefetch_bucket_size": 50_000_000,
-    }
+    # The defaults keep two 1 GB buffers alive, which a 24 GB card has no room for (docs/design.md).
+    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": 100_000_000}
+    if zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = 50_000_000
     if offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if offload_param == "cpu":

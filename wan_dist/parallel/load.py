@@ -1,4 +1,4 @@
-"""Weights into ZeRO-3 partitions: each rank reads only its own slices, and no rank ever holds the whole model.
+"""Weights into a model: under ZeRO-3 each rank reads only its own slices, and no rank ever holds the whole model.
 
 diffusers has no ZeRO-3 loader: `from_pretrained` inside `zero.Init` fails, and with a DeepSpeed config announced it
 silently does not partition (diffusers 0.42.1, deepspeed 0.19.8).
@@ -7,7 +7,7 @@ silently does not partition (diffusers 0.42.1, deepspeed 0.19.8).
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,17 @@ WEIGHTS_NAME = "diffusion_pytorch_model"
 _CHUNK_ELEMENTS = 16 << 20
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return which file of a diffusers model folder holds each tensor.
+def tensor_files(folder: Path, weights_name: str = WEIGHTS_NAME) -> dict[str, Path]:
+    """Return which file of a diffusers or transformers model folder holds each tensor.
 
+    Args:
+        folder: one component of a pipeline.
+        weights_name: how its weight files are called; "model" for a text encoder.
     Raises:
         ModelError: the folder has no safetensors weights, or an index names a file that is absent.
     """
-    index = folder / f"{WEIGHTS_NAME}.safetensors.index.json"
-    single = folder / f"{WEIGHTS_NAME}.safetensors"
+    index = folder / f"{weights_name}.safetensors.index.json"
+    single = folder / f"{weights_name}.safetensors"
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
@@ -53,30 +56,71 @@ def _open(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path}: cannot be read as safetensors ({error}).") from None
 
 
-def build_partitioned(build: Callable[[], nn.Module], ds_config: Mapping[str, Any]) -> nn.Module:
-    """Return the module that `build` makes, its parameters partitioned over the ranks as they are created.
+def build_model(build: Callable[[], nn.Module], ds_config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """Return the module that `build` makes, under ZeRO-3 with its parameters partitioned as they are created.
 
     The caller must rebuild every buffer that `build` computes: inside `zero.Init` even `torch.arange(dtype=float64)`
     comes out in bf16, which moves WAN's RoPE tables by up to 2.0 (`deepspeed.runtime.zero.partition_parameters`).
+
+    Args:
+        build: makes the module, its weights not initialised.
+        ds_config: the run's DeepSpeed configuration.
+        dtype: dtype of the parameters.
     """
     import deepspeed
 
+    if ds_config["zero_optimization"]["stage"] < 3:
+        return build().to(dtype)
     with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
         return build()
 
 
+def gather_in_blocks(examples: Sequence[nn.Module], model: nn.Module) -> None:
+    """Make ZeRO-3 gather whole blocks at once, those of the examples' classes.
+
+    One gather per block instead of one per linear layer; and DoRA reads weights outside of their own forward.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list({type(example) for example in examples}))
+
+
+@contextlib.contextmanager
+def gathered_for_libraries(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    """Make peft gather partitioned weights that it reads while an adapter is added.
+
+    peft asks transformers whether ZeRO-3 is on, and transformers knows only what was announced to it. Announced for
+    longer, it would also partition the text encoder, which nothing ever gathers.
+    """
+    from transformers.integrations import deepspeed as announced
+
+    if ds_config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    keep = announced.HfDeepSpeedConfig(dict(ds_config))  # known to transformers while it lives
+    try:
+        yield
+    finally:
+        announced.unset_hf_deepspeed_config()
+        del keep
+
+
 @torch.no_grad()
-def fill_partitions(module: nn.Module, folder: Path) -> None:
-    """Copy this rank's slice of every tensor in `folder` into a partitioned module; no communication.
+def fill(module: nn.Module, folder: Path, weights_name: str = WEIGHTS_NAME) -> None:
+    """Copy every tensor in `folder` into a module, of a partitioned one this rank's slices only; no communication.
 
-    Must run before `deepspeed.initialize`, which makes the fp32 masters from these slices.
+    Must run before `deepspeed.initialize`, which makes the fp32 masters from these values.
 
+    Args:
+        module: as `build_model` gives it.
+        folder: component folder with safetensors files.
+        weights_name: as in `tensor_files`.
     Raises:
         ModelError: a tensor is missing, superfluous, of another shape or not finite.
     """
-    files = tensor_files(folder)
-    parameters = dict(module.named_parameters())
-    _check_names(folder, set(files), set(parameters))
+    files = tensor_files(folder, weights_name)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    _check_names(folder, set(files), parameters)
     for path in sorted(set(files.values())):
         with _open(path) as handle:
             for name in (n for n, f in files.items() if f == path):
@@ -84,8 +128,11 @@ def fill_partitions(module: nn.Module, folder: Path) -> None:
                 _fill(parameters[name], source, f"{path}: {name}")
 
 
-def _check_names(folder: Path, found: set[str], wanted: set[str]) -> None:
-    problems = [f"lacks {n}" for n in sorted(wanted - found)] + [f"has unknown {n}" for n in sorted(found - wanted)]
+def _check_names(folder: Path, found: set[str], parameters: Mapping[str, nn.Parameter]) -> None:
+    given = {id(parameters[name]) for name in found if name in parameters}  # a tied weight may come by either name
+    lacking = [name for name, parameter in parameters.items() if id(parameter) not in given]
+    problems = [f"lacks {n}" for n in sorted(lacking)]
+    problems += [f"has unknown {n}" for n in sorted(found) if n not in parameters]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ModelError(f"{folder}: does not fit its config.json: {', '.join(problems[:3])}{more}.")
@@ -93,11 +140,13 @@ def _check_names(folder: Path, found: set[str], wanted: set[str]) -> None:
 
 def _fill(parameter: Any, source: Any, where: str) -> None:
     shape = torch.Size(source.get_shape())
-    if shape != parameter.ds_shape:
-        raise ModelError(f"{where}: has shape {list(shape)}, config.json says {list(parameter.ds_shape)}.")
-    target: Tensor = parameter.ds_tensor
-    size = target.ds_numel  # type: ignore[attr-defined]
-    start = parameter.ds_zero_partition_rank * size
+    partitioned = hasattr(parameter, "ds_tensor")
+    wanted = parameter.ds_shape if partitioned else parameter.shape
+    if shape != wanted:
+        raise ModelError(f"{where}: has shape {list(shape)}, config.json says {list(wanted)}.")
+    target: Any = parameter.ds_tensor if partitioned else parameter.data.view(-1)
+    size = target.ds_numel if partitioned else shape.numel()
+    start = parameter.ds_zero_partition_rank * size if partitioned else 0
     stop = min(start + size, shape.numel())
     for offset, values in _flat_range(source, shape, start, stop):
         if not torch.isfinite(values).all():

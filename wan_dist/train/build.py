@@ -1,44 +1,39 @@
 """From a configuration to a finished run: this module only calls builders."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
-
-import torch
 
 from wan_dist.config.check import check_paths
 from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
+from wan_dist.core.buckets import make_buckets
 from wan_dist.core.errors import CheckpointError
+from wan_dist.core.order import Block
 from wan_dist.io import checkpoint as checkpoints
 from wan_dist.io.checkpoint import Checkpoint
 from wan_dist.io.run_folder import checkpoints_dir, claim_run, describe_run, mark_failed, write_status
-from wan_dist.models.wan.transformer import (
-    empty_transformer,
-    read_transformer_config,
-    rebuild_rope,
-    transformer_folder,
-)
+from wan_dist.models.wan.transformer import read_transformer_config
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel import dist
 from wan_dist.parallel.dist import Ranks
-from wan_dist.parallel.ds_config import accumulation_steps, deepspeed_config
-from wan_dist.parallel.environment import build_guard
-from wan_dist.parallel.load import build_partitioned, fill_partitions, tensor_files
+from wan_dist.parallel.ds_config import accumulation_steps
+from wan_dist.parallel.load import tensor_files
 from wan_dist.parallel.shutdown import StopRequest
 from wan_dist.train.build_data import Batches, open_batches
 from wan_dist.train.build_flow import sigma_sampler
-from wan_dist.train.hooks import CheckpointHook, ReportHook
+from wan_dist.train.embedding import COMPONENT, build_embedding_engine
+from wan_dist.train.engines import DTYPES, build_engine, component_of, deepspeed_settings, method_record
+from wan_dist.train.experts import Expert, ExpertDraw, check_agreement, expert_names, sigma_range
+from wan_dist.train.hooks import CheckpointHook, ReportHook, SkipHook
 from wan_dist.train.loop import TrainState, train
 from wan_dist.train.objective import Objective
 from wan_dist.train.objective_options import objective_options
-from wan_dist.train.optimizers import OPTIMIZERS, OptimizerOptions
 from wan_dist.train.schedules import learning_rate
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # A resumed run would not be the same run if one of these differed; the model folder may have moved.
 _UNCHANGED = ("variant", "components", "method", "data_digest", "seed", "global_batch_size")
 OnStep = Callable[[TrainState, float | None], None]
@@ -57,12 +52,12 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         WanDistError: anything that the user can mend.
     """
     check_paths(cfg)
-    _check_transformer(cfg)
+    method = _check_transformers(cfg)
     num_accumulated = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
     batches, digest = build_batches(cfg, ranks)
-    identity = run_identity(cfg, digest)
+    identity = run_identity(cfg, digest, method)
     claim = _claim(run_dir, ranks)
     checkpoint = find_resume(checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
     # What was refused until here leaves the folder of the run that it would have changed as it was.
@@ -71,10 +66,9 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         describe_run(run_dir, config_yaml=dump_config(cfg), ds_config=ds_config, world_size=ranks.world_size)
         write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
     try:
-        engine = build_engine(cfg, get_variant(cfg.model.variant), ds_config, ranks)
-        engines = dict.fromkeys(identity["components"], engine)
-        state = resume(engines, checkpoint, exclude_frozen=cfg.method.kind != "full")
-        _run(cfg, ranks, stop, engines, batches, identity, state, on_step)
+        experts = build_experts(cfg, get_variant(cfg.model.variant), ds_config, ranks)
+        state = resume(experts, checkpoint)
+        _run(cfg, ranks, stop, experts, batches, identity, state, on_step)
     except Exception as error:
         if ranks.is_main:
             mark_failed(run_dir, str(error) or repr(error))
@@ -99,18 +93,25 @@ def _claim(run_dir: Path, ranks: Ranks) -> IO[str] | None:
     return claim
 
 
-def _check_transformer(cfg: TrainConfig) -> None:
-    """Return if the transformer's files are there and of the variant, before anything slow starts."""
-    folder = transformer_folder(Path(cfg.model.path), cfg.model.expert)
-    read_transformer_config(folder, get_variant(cfg.model.variant))
-    tensor_files(folder)
+def _check_transformers(cfg: TrainConfig) -> dict[str, Any]:
+    """Return what a checkpoint says of the method, after a look at all that could refuse the start.
+
+    Each transformer's files are there and of the variant, and adapters find their targets.
+    """
+    variant = get_variant(cfg.model.variant)
+    configs = []
+    for expert in expert_names(cfg, variant):
+        folder = Path(cfg.model.path) / component_of(expert)
+        configs.append(read_transformer_config(folder, variant))
+        tensor_files(folder)
+    return method_record(cfg, configs[0])
 
 
 def _run(
     cfg: TrainConfig,
     ranks: Ranks,
     stop: StopRequest,
-    engines: Mapping[str, Any],
+    experts: Sequence[Expert],
     batches: Batches,
     identity: dict[str, Any],
     state: TrainState,
@@ -118,41 +119,67 @@ def _run(
 ) -> None:
     """Train from `state`, advanced in place, to the end or until told to stop, and save."""
     run_dir = Path(cfg.run_dir)
-    (engine,) = engines.values()
     reports = ReportHook(
         run_dir,
         ranks,
         every=cfg.log.every,
         num_steps=cfg.train.num_steps,
         tensorboard=cfg.log.tensorboard,
-        grad_norm=lambda: float(engine.get_global_grad_norm()),
         on_step=on_step,
     )
     saves = CheckpointHook(
-        engines,
+        engines_of(experts),
         checkpoints_dir(run_dir),
         ranks,
         every=cfg.checkpoint.save_every,
         keep_last=cfg.checkpoint.keep_last,
         identity=identity,
         saved_step=state.step,  # 0, or what was resumed from
-        zero_stage=engine.zero_optimization_stage(),
+        zero_stage=cfg.parallel.zero_stage,
         exclude_frozen=cfg.method.kind != "full",
     )
+    skips = SkipHook(ranks, limit=cfg.train.max_skipped_steps)
     try:
         train(
-            engine,
-            build_objective(cfg, get_variant(cfg.model.variant)),
+            _chooser(cfg, experts, ranks),
             batches,
             state,
             num_steps=cfg.train.num_steps,
-            lr_at=lambda step: _learning_rate(cfg, step),
-            hooks=[reports, saves],
+            hooks=[skips, reports, saves],
             should_stop=lambda: dist.any_rank(stop.requested, ranks),
         )
         saves.save_now(state)
     finally:
         reports.close()
+
+
+def _chooser(cfg: TrainConfig, experts: Sequence[Expert], ranks: Ranks) -> Callable[[Block], Expert]:
+    """Return what says which expert a block trains, after asking all ranks whether they agree."""
+    variant = get_variant(cfg.model.variant)
+    buckets = make_buckets(cfg.data.sizes, cfg.data.num_frames)
+    draw = ExpertDraw(
+        tuple(expert.name for expert in experts),
+        sigma_sampler(cfg.flow, variant),
+        variant.boundary,
+        tuple(variant.num_tokens(bucket.num_frames, bucket.width, bucket.height) for bucket in buckets),
+        cfg.train.seed,
+    )
+    if len(experts) > 1:
+        logger.info("high_noise gets %.1f %% of the steps", 100 * draw.high_noise_share(0))
+
+    def choose(block: Block) -> Expert:
+        index = draw.index(block)
+        if len(experts) > 1:
+            highest = dist.max_over_ranks(float(index), ranks)
+            check_agreement(-dist.max_over_ranks(-float(index), ranks), highest)
+        return experts[index]
+
+    return choose
+
+
+def engines_of(experts: Sequence[Expert]) -> dict[str, Any]:
+    """Return the engine of each component; experts that share one name it once."""
+    return {expert.component: expert.engine for expert in experts}
 
 
 def _finish(run_dir: Path, ranks: Ranks, stop: StopRequest, state: TrainState, num_steps: int) -> int:
@@ -172,69 +199,61 @@ def accumulation(cfg: TrainConfig, world_size: int) -> int:
     return accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, world_size)
 
 
-def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, num_accumulated: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run."""
-    return deepspeed_config(
-        micro_batch_size=cfg.train.micro_batch_size,
-        accumulation_steps=num_accumulated,
-        world_size=ranks.world_size,
-        dtype=cfg.model.dtype,
-        max_grad_norm=cfg.optim.max_grad_norm,
-        offload_optimizer=cfg.parallel.offload_optimizer,
-        offload_param=cfg.parallel.offload_param,
-        pin_memory=ranks.device.type != "cpu",
-        extra=cfg.parallel.deepspeed,
-    )
-
-
 def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[Batches, str]:
     """Return this rank's batches and the digest of the data and the rules that shape it."""
     return open_batches(cfg, ranks, DTYPES[cfg.model.dtype])
 
 
-def build_objective(cfg: TrainConfig, variant: WanVariant) -> Objective:
-    """Return the flow matching objective, on the noise range of the configured expert."""
-    sampler = sigma_sampler(cfg.flow, variant)
-    if variant.boundary is not None:
-        high = cfg.model.expert == "high_noise"
-        sampler = sampler.within(variant.boundary, 1.0) if high else sampler.within(0.0, variant.boundary)
+def build_experts(cfg: TrainConfig, variant: WanVariant, ds_config: dict[str, Any], ranks: Ranks) -> list[Expert]:
+    """Return the noise ranges that a run trains, each with its engine; collective."""
+    names = expert_names(cfg, variant)
+    if cfg.method.kind == "embedding":
+        parts = build_embedding_engine(cfg, variant, ds_config, ranks)
+    else:
+        built = {name: build_engine(cfg, variant, name, ds_config, ranks) for name in names}
+        parts = {name: (engine, engine, context) for name, (engine, context) in built.items()}
+    return [
+        Expert(
+            name=name,
+            component=component_name(cfg, name),
+            engine=engine,
+            forward=forward,
+            context=context,
+            objective=build_objective(cfg, variant, name),
+            lr_at=_learning_rates(cfg, name),
+        )
+        for name, (engine, forward, context) in parts.items()
+    ]
+
+
+def component_name(cfg: TrainConfig, expert: str) -> str:
+    """Return what a checkpoint calls the thing that an expert's steps train."""
+    return COMPONENT if cfg.method.kind == "embedding" else component_of(expert)
+
+
+def component_names(cfg: TrainConfig) -> list[str]:
+    """Return the components of a run, each once."""
+    names = expert_names(cfg, get_variant(cfg.model.variant))
+    return list(dict.fromkeys(component_name(cfg, name) for name in names))
+
+
+def build_objective(cfg: TrainConfig, variant: WanVariant, expert: str) -> Objective:
+    """Return the flow matching objective on the noise range of an expert."""
+    sampler = sigma_sampler(cfg.flow, variant).within(*sigma_range(variant, expert))
     return Objective(sampler, DTYPES[cfg.model.dtype], cfg.train.seed, **objective_options(cfg, variant))
 
 
-def build_engine(cfg: TrainConfig, variant: WanVariant, ds_config: dict[str, Any], ranks: Ranks) -> Any:
-    """Return the DeepSpeed engine around the pretrained transformer, partitioned from its first byte on."""
-    import deepspeed
-
-    folder = transformer_folder(Path(cfg.model.path), cfg.model.expert)
-    config = read_transformer_config(folder, variant)
-    model: Any = build_partitioned(lambda: empty_transformer(config), ds_config)
-    rebuild_rope(model)
-    fill_partitions(model, folder)
-    model.to(ranks.device)  # buffers; the partitions are where DeepSpeed put them
-    model.train()
-    if cfg.train.gradient_checkpointing == "block":
-        model.enable_gradient_checkpointing()
-    offloaded = cfg.parallel.offload_optimizer == "cpu" and ranks.device.type != "cpu"
-    options = OptimizerOptions(cfg.optim.lr, cfg.optim.betas, cfg.optim.eps, cfg.optim.weight_decay, offloaded)
-    # Only an accelerator whose optimizer is offloaded makes DeepSpeed compile something.
-    with build_guard(builds=offloaded):
-        optimizer = OPTIMIZERS[cfg.optim.name](model.parameters(), options)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    logger.info("%s: %.1f M parameters", folder, sum(p.ds_numel for p in model.parameters()) / 1e6)
-    return engine
-
-
-def run_identity(cfg: TrainConfig, data_digest: str) -> dict[str, Any]:
+def run_identity(cfg: TrainConfig, data_digest: str, method: dict[str, Any]) -> dict[str, Any]:
     """Return what identifies a run in its checkpoints, for resume and for export."""
     return {
         "variant": cfg.model.variant,
         "model_path": str(Path(cfg.model.path).resolve()),
-        "components": [transformer_folder(Path(cfg.model.path), cfg.model.expert).name],
-        "method": {"kind": cfg.method.kind},
-        "dtype": cfg.model.dtype,
+        "components": component_names(cfg),
+        "method": method,
         "data_digest": data_digest,
         "seed": cfg.train.seed,
         "global_batch_size": cfg.train.global_batch_size,
+        "dtype": cfg.model.dtype,
     }
 
 
@@ -266,22 +285,29 @@ def find_resume(root: Path, mode: str, identity: dict[str, Any], ranks: Ranks) -
     return checkpoint
 
 
-def resume(engines: Mapping[str, Any], checkpoint: Checkpoint | None, *, exclude_frozen: bool) -> TrainState:
+def resume(experts: Sequence[Expert], checkpoint: Checkpoint | None) -> TrainState:
     """Return where to continue, the engines restored; a fresh state without a checkpoint."""
     if checkpoint is None:
         return TrainState()
-    checkpoints.restore(engines, checkpoint, exclude_frozen=exclude_frozen)
+    exclude_frozen = checkpoint.state["method"]["kind"] != "full"
+    checkpoints.restore(engines_of(experts), checkpoint, exclude_frozen=exclude_frozen)
     logger.info("resumed from %s", checkpoint.folder)
-    return TrainState(checkpoint.step, checkpoint.state["epoch"], checkpoint.state["block"])
+    state = checkpoint.state
+    return TrainState(checkpoint.step, state["epoch"], state["block"], dict(state["component_steps"]))
 
 
-def _learning_rate(cfg: TrainConfig, step: int) -> float:
+def _learning_rates(cfg: TrainConfig, expert: str) -> Callable[[int], float]:
     optim = cfg.optim
-    return learning_rate(
-        step,
-        peak=optim.lr,
-        schedule=optim.schedule,
-        warmup_steps=optim.warmup_steps,
-        num_steps=cfg.train.num_steps,
-        min_ratio=optim.min_lr_ratio,
-    )
+    peak = optim.expert_lr.get(expert, optim.lr)  # type: ignore[call-overload]
+
+    def lr_at(step: int) -> float:
+        return learning_rate(
+            step,
+            peak=peak,
+            schedule=optim.schedule,
+            warmup_steps=optim.warmup_steps,
+            num_steps=cfg.train.num_steps,
+            min_ratio=optim.min_lr_ratio,
+        )
+
+    return lr_at

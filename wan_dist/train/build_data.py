@@ -1,8 +1,10 @@
 """From the data section of a configuration to opened shards, their order, and one rank's batches."""
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from wan_dist.data.assign import ClipRules
 from wan_dist.data.batching import ClipBatches
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.decode_worker import open_decoder
-from wan_dist.data.encode import load_encoders
+from wan_dist.data.encode import Encoders, load_encoders
 from wan_dist.data.index import open_shards
 from wan_dist.data.mixture import ShardSource, check_held_out
 from wan_dist.data.stores import CacheLimits
@@ -21,6 +23,7 @@ from wan_dist.data.stream_batches import StreamBatches
 from wan_dist.models.wan.variants import get_variant
 from wan_dist.parallel.dist import Ranks
 from wan_dist.train.caches import open_caches
+from wan_dist.train.embedding import prompt_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +68,6 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
         dtype: dtype in which the text encoder computes.
     """
     data = cfg.data
-    model = Path(cfg.model.path)
     with_condition = get_variant(cfg.model.variant).needs_condition
     if data.source == "stream":
         stream = ClipStream(
@@ -73,7 +75,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
         )
         batches: Batches = StreamBatches(
             stream,
-            load_encoders(model, ranks.device, dtype),
+            _encoders(cfg, ranks, dtype, vae_config=None, with_text=True),
             with_condition=with_condition,
             rank=ranks.rank,
             world_size=ranks.world_size,
@@ -89,7 +91,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
     order = sample_order(cfg, dataset)
     caches = open_caches(cfg, dataset.shard_sets, ranks)
     has_text = caches.samples is not None and caches.samples.has_text
-    encoders = load_encoders(model, ranks.device, dtype, vae_config=caches.vae_config, with_text=not has_text)
+    encoders = _encoders(cfg, ranks, dtype, vae_config=caches.vae_config, with_text=not has_text)
     batches = ClipBatches(
         dataset,
         encoders,
@@ -108,6 +110,17 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
     )
     tail = "" if data.tail in ("carry", "merge") else f"-{data.tail}"
     return batches, f"{dataset.digest}{tail}{caches.suffix}"
+
+
+def _encoders(
+    cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype, *, vae_config: Mapping[str, Any] | None, with_text: bool
+) -> Encoders:
+    """Return what encodes clips and captions; an embedding run's captions stay token ids until the transformer."""
+    model, is_embedding = Path(cfg.model.path), cfg.method.kind == "embedding"
+    encoders = load_encoders(
+        model, ranks.device, dtype, vae_config=vae_config, with_text=with_text and not is_embedding
+    )
+    return dataclasses.replace(encoders, text_pipeline=prompt_tokens(cfg)) if is_embedding else encoders
 
 
 def _open(cfg: TrainConfig, shards: str | Sequence[DatasetConfig]) -> ClipDataset:

@@ -116,7 +116,8 @@ def _choose(cfg: TrainConfig, shard_sets: Sequence[ShardSet]) -> dict[Kind, list
         logger.info("latents are encoded online: frames or crop are left to chance")
     return {
         "latents": _folders("latents", cfg.data.latents if fixed else "none", shard_sets, latents),
-        "text": _folders("text", cfg.data.text_embeds, shard_sets, text),
+        # What an embedding run trains lies before the text encoder.
+        "text": _folders("text", "none" if cfg.method.kind == "embedding" else cfg.data.text_embeds, shard_sets, text),
     }
 
 

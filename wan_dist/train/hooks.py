@@ -31,7 +31,6 @@ class ReportHook:
         every: int,
         num_steps: int,
         tensorboard: bool,
-        grad_norm: Callable[[], float],
         on_step: Callable[[TrainState, float | None], None],
     ) -> None:
         """Remember where to report; rank 0 opens the files at the first step.
@@ -42,11 +41,10 @@ class ReportHook:
             every: steps between reports.
             num_steps: steps of the whole run, for the remaining time.
             tensorboard: write TensorBoard events.
-            grad_norm: returns the global gradient norm of the last step.
             on_step: told of every step and, where one was just computed, the mean loss; drives a progress bar.
         """
         self._run_dir, self._ranks, self._every, self._num_steps = run_dir, ranks, every, num_steps
-        self._grad_norm, self._on_step = grad_norm, on_step
+        self._on_step = on_step
         self._pending: list[StepResult] = []
         self._tensorboard = tensorboard
         self._writer: Any = None
@@ -56,9 +54,10 @@ class ReportHook:
         """Collect, and report when due."""
         if not self._opened:
             self._open(state.step)
-        self._pending.append(result)
+        if not result.skipped:
+            self._pending.append(result)
         mean_loss = None
-        if state.step % self._every == 0 or state.step == self._num_steps:
+        if self._pending and (state.step % self._every == 0 or state.step == self._num_steps):
             mean_loss = self._report(state)
         if self._ranks.is_main:
             self._on_step(state, mean_loss)
@@ -87,18 +86,13 @@ class ReportHook:
             "step": state.step,
             "epoch": state.epoch,
             "loss": loss,
-            "grad_norm": self._grad_norm(),
+            "grad_norm": float(pending[-1].grad_norm),
             "lr": pending[-1].lr,
             "step_s": step_s,
             "data_wait_s": data_wait_s,
         }
         if self._ranks.is_main:
             self._write(row)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"step {state.step}: the loss is {loss}; training stops, the last checkpoint is untouched. "
-                "Lower optim.lr, or look at the clips of this step."
-            )
         return loss
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -118,6 +112,38 @@ class ReportHook:
             write_status(self._run_dir, "training", num_steps=self._num_steps, eta_s=remaining_s, **row)
         except OSError as error:
             logger.warning("metrics of step %d could not be written: %s", row["step"], error)
+
+
+class SkipHook:
+    """Names the clips of steps that were skipped for a non-finite gradient, and ends a run that only skips."""
+
+    def __init__(self, ranks: Ranks, *, limit: int) -> None:
+        """Remember the limit.
+
+        Args:
+            ranks: this process's place.
+            limit: skipped steps in a row that end training.
+        """
+        self._ranks, self._limit = ranks, limit
+        self._in_a_row = 0
+
+    def after_step(self, state: TrainState, result: StepResult) -> None:
+        """Count, name, and end training when the limit is reached; every rank sees the same steps skipped."""
+        if not result.skipped:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        losses = result.sample_losses.tolist()
+        clips = ", ".join(f"{key} (loss {loss:.4g})" for key, loss in zip(result.keys, losses, strict=True))
+        logger.warning(
+            "step %d was skipped, a gradient is not finite; rank %d had %s", state.step, self._ranks.rank, clips
+        )
+        if self._in_a_row >= self._limit:
+            raise TrainingError(
+                f"step {state.step}: {self._limit} steps in a row had a gradient that is not finite "
+                "(train.max_skipped_steps); training stops, the last checkpoint is untouched. Lower optim.lr, or look "
+                "at the clips that were named."
+            )
 
 
 class CheckpointHook:
@@ -169,7 +195,7 @@ class CheckpointHook:
             **self._identity,
             "epoch": state.epoch,
             "block": state.block,
-            "component_steps": dict.fromkeys(self._engines, state.step),
+            "component_steps": state.component_steps,
         }
         folder = checkpoints.save(
             self._engines,
@@ -185,5 +211,5 @@ class CheckpointHook:
             checkpoints.prune(self._root, self._keep_last)
 
     def _check_finite(self, state: TrainState, result: StepResult) -> None:
-        if not math.isfinite(mean_over_ranks(float(result.loss.item()), self._ranks)):
+        if not result.skipped and not math.isfinite(mean_over_ranks(float(result.loss.item()), self._ranks)):
             raise TrainingError(f"step {state.step}: the loss is not finite; this state is not saved. Lower optim.lr.")

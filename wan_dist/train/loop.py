@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wan_dist.core.order import Block
 from wan_dist.data.batching import Batch
-from wan_dist.train.objective import Objective
+from wan_dist.train.experts import Expert
 
 
 @dataclass
@@ -18,14 +18,16 @@ class TrainState:
     """Where a run stands; with the seed it determines everything that follows.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done, over all experts, skipped ones included.
         epoch: epoch of the sample order.
         block: blocks of that epoch that training has consumed.
+        component_steps: of those, the steps of each component.
     """
 
     step: int = 0
     epoch: int = 0
     block: int = 0
+    component_steps: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,18 +35,32 @@ class StepResult:
     """What one optimizer step gave.
 
     Attributes:
+        expert: the noise range it was for.
+        component: what was trained.
         loss: mean over this rank's micro-batches, a scalar on the device; reading it waits for the device.
+        sample_losses: [B] fp32 on the device, each sample's own loss; B is this rank's samples of the step.
+        sigma: [B] fp32 on the device, their noise levels.
+        grad_norm: global norm before clipping, a number or a scalar on the device; infinite for a skipped step.
         lr: learning rate used.
         keys: clips this rank trained on.
+        num_tokens: transformer tokens of this rank's samples.
         data_wait_s: seconds that this rank waited for batches.
         step_s: seconds of the whole step.
+        skipped: a gradient was not finite on some rank, so that nothing was updated.
     """
 
+    expert: str
+    component: str
     loss: Tensor
+    sample_losses: Tensor
+    sigma: Tensor
+    grad_norm: Any
     lr: float
     keys: tuple[str, ...]
+    num_tokens: int
     data_wait_s: float
     step_s: float
+    skipped: bool
 
 
 class Batches(Protocol):
@@ -63,61 +79,79 @@ class Hook(Protocol):
         ...
 
 
-def train_step(engine: Any, objective: Objective, batches: Iterable[Batch]) -> tuple[Tensor, tuple[str, ...], float]:
+def train_step(expert: Expert, batches: Iterable[Batch], *, lr: float) -> StepResult:
     """Run one optimizer step: every micro-batch forward and backward, gradients accumulated, one update.
 
-    Returns:
-        Mean loss of the micro-batches (scalar on the device), their clip keys, seconds spent waiting for them.
+    Args:
+        expert: what is trained.
+        batches: this rank's micro-batches.
+        lr: learning rate.
     """
+    started = clock = time.perf_counter()
+    engine = expert.engine
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
     losses: list[Tensor] = []
+    sample_losses: list[Tensor] = []
+    sigma: list[Tensor] = []
     keys: list[str] = []
-    waited_s = 0.0
-    clock = time.perf_counter()
+    num_tokens, waited_s = 0, 0.0
     for batch in batches:
         waited_s += time.perf_counter() - clock
-        loss = objective.loss(engine, batch).loss
-        engine.backward(loss)
+        with expert.context():
+            terms = expert.objective.loss(expert.forward, batch)
+            engine.backward(terms.loss)
         engine.step()  # updates on the last micro-batch only
-        losses.append(loss.detach())
+        losses.append(terms.loss.detach())
+        sample_losses.append(terms.sample_losses)
+        sigma.append(terms.sigma)
         keys.extend(batch.keys)
+        num_tokens += batch.num_tokens
         clock = time.perf_counter()
-    return torch.stack(losses).mean(), tuple(keys), waited_s
+    return StepResult(
+        expert=expert.name,
+        component=expert.component,
+        loss=torch.stack(losses).mean(),
+        sample_losses=torch.cat(sample_losses),
+        sigma=torch.cat(sigma),
+        grad_norm=engine.get_global_grad_norm(),
+        lr=lr,
+        keys=tuple(keys),
+        num_tokens=num_tokens,
+        data_wait_s=waited_s,
+        step_s=time.perf_counter() - started,
+        # Every rank sees the same norm, so every rank skips: DeepSpeed decides it before it updates anything.
+        skipped=bool(getattr(engine.optimizer, "overflow", False)),
+    )
 
 
 def train(
-    engine: Any,
-    objective: Objective,
+    choose: Callable[[Block], Expert],
     batches: Batches,
     state: TrainState,
     *,
     num_steps: int,
-    lr_at: Callable[[int], float],
     hooks: Sequence[Hook],
     should_stop: Callable[[], bool],
 ) -> None:
     """Train from `state` until `num_steps` optimizer steps are done or the ranks agree to stop.
 
     Args:
-        engine: DeepSpeed engine around the transformer.
-        objective: what is minimised.
+        choose: says which expert a block trains; the same one on every rank.
         batches: this rank's data.
         state: advanced in place.
         num_steps: optimizer steps of the whole run.
-        lr_at: learning rate of a step.
         hooks: called in this order after every step.
         should_stop: asked after every step; collective, the same answer on every rank.
     """
     if state.step >= num_steps:
         return
     for block, micro_batches in batches.steps(state.epoch, state.block):
-        started = time.perf_counter()
-        lr = lr_at(state.step)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
-        loss, keys, waited_s = train_step(engine, objective, micro_batches)
+        expert = choose(block)
+        result = train_step(expert, micro_batches, lr=expert.lr_at(state.step))
         state.step += 1
         state.epoch, state.block = block.epoch, block.block + 1
-        result = StepResult(loss, lr, keys, waited_s, time.perf_counter() - started)
+        state.component_steps[expert.component] = state.component_steps.get(expert.component, 0) + 1
         for hook in hooks:
             hook.after_step(state, result)
         if state.step >= num_steps or should_stop():

@@ -117,7 +117,7 @@ class Objective:
             noisy = torch.cat([first, noisy[:, :, 1:]], dim=2)
             first_timestep = torch.where(chosen, 0.0, timestep)
         condition = None if batch.condition is None else batch.condition.to(self.dtype)
-        return Inputs(noisy.to(self.dtype), timestep, batch.text_embeds.to(self.dtype), condition, first_timestep)
+        return Inputs(noisy.to(self.dtype), timestep, self._text(batch.text_embeds), condition, first_timestep)
 
     def _places(self, batch: Batch, given: list[bool]) -> Tensor | None:
         """Return what each place of the latents counts, [B, 1, f, h, w] fp32; None where all count the same."""
@@ -135,3 +135,7 @@ class Objective:
             for position in batch.positions
         ]
         return torch.stack(samples).to(batch.latents.device)
+
+    def _text(self, text_embeds: Tensor) -> Tensor:
+        """Return embeddings in the compute dtype; the token ids of an embedding run stay whole numbers."""
+        return text_embeds.to(self.dtype) if text_embeds.is_floating_point() else text_embeds
