@@ -65,7 +65,7 @@ def _sample(opened: ShardSet, key: str) -> dict[str, Any]:
         rows = opened.index(shard)
         for number in np.flatnonzero(rows["key"] == key.encode()):
             row, tar = rows[number], opened.tar(shard)
-            names = {"json": "json", "text": "txt", "media": row["media_ext"].decode()}
+            names = {"json": "json", "text": "txt", "media": row["media_ext"].decode(), "mask": "mask"}
             found = {"shard": str(tar)}
             for member in MEMBERS:
                 if row[f"{member}_size"]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wan_dist.config.check_conditions import condition_problems
+from wan_dist.config.check_conditions import condition_problems, prior_problems
 from wan_dist.config.check_flow import flow_problems
 from wan_dist.config.check_method import method_problems
 from wan_dist.config.schema import TrainConfig
@@ -24,7 +24,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
         values: dotted key to value, well-typed; a check whose keys are not all there is left out.
     """
     problems = _optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values) + flow_problems(values)
-    problems += method_problems(values) + _stage_problems(values)
+    problems += method_problems(values) + _stage_problems(values) + prior_problems(values)
     if "model.variant" in values:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)

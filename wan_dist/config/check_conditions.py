@@ -1,4 +1,4 @@
-"""Which given frames a variant can be trained on, and with which clips."""
+"""Which given frames a variant can be trained on and with which clips, and which methods can preserve a prior."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +36,25 @@ def condition_problems(variant: WanVariant, values: Mapping[str, Any]) -> list[P
     if i2v > 0 and image_or_text and counts and max(counts) == 1:
         text = "images of one frame are trained as text-to-video; add 5 or more to data.num_frames, or remove the key."
         problems.append(_problem("i2v_probability", i2v, text))
+    return problems
+
+
+def prior_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Return the data sets of `kind: prior` of a run that has no frozen base beside what it trains.
+
+    Args:
+        values: dotted key to value, well-typed.
+    """
+    method, shards = values.get("method.kind", "full"), values.get("data.shards", "")
+    problems: list[Problem] = []
+    for number, dataset in enumerate(shards if isinstance(shards, list) else []):
+        kind = dataset.get("kind") if isinstance(dataset, Mapping) else dataset.kind
+        if kind == "prior" and method != "lora":
+            text = (
+                f"data.shards[{number}].kind = prior: its target is the model without adapters, and method.kind = "
+                f"{method} has none; use method.kind: lora, or train on clips that the model made (kind: train)."
+            )
+            problems.append(Problem(("data", "shards", number, "kind"), text))
     return problems
 
 

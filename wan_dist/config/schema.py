@@ -83,6 +83,10 @@ class DatasetConfig(Section):
     )
     repeats: float = Field(default=1.0, gt=0, description="How often each of its clips comes per epoch.")
     loss_weight: float = Field(default=1.0, ge=0, description="What the loss of its clips is multiplied by.")
+    kind: Literal["train", "prior"] = Field(
+        default="train",
+        description="prior: its clips are not learned; the target is what the model gives without its adapters.",
+    )
 
 
 class DataConfig(Section):
@@ -194,6 +198,9 @@ class FlowConfig(Section):
     )
     weighting: Literal["none", "sigma_sqrt", "cosmap", "bell"] = Field(
         default="none", description="Weight of a sample by its noise level (docs/training.md)."
+    )
+    mask_min_weight: Fraction = Field(
+        default=0.1, description="Weight in the loss of what a clip's mask leaves out; 1 does not read masks."
     )
     sigmoid_scale: float = Field(default=1.0, gt=0, description="u = sigmoid(scale x unit normal), for sigmoid.")
     mode_scale: float = Field(

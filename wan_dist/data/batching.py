@@ -36,6 +36,8 @@ class Batch:
         text_embeds: [B, 512, D] on the device.
         condition: [B, 20, f, h, w] fp32 on the device for i2v-A14B, None for the other variants.
         loss_weights: [B] fp32 on the device, what each sample's loss is multiplied by; None where all are 1.
+        loss_mask: [B, 1, f, h, w] fp32 in [0, 1] on the device, how much of each latent counts; None where all do.
+        prior: B of them, whose target is what the model gives without its adapters; empty where there are none.
     """
 
     keys: tuple[str, ...]
@@ -45,6 +47,8 @@ class Batch:
     text_embeds: Tensor
     condition: Tensor | None
     loss_weights: Tensor | None = None
+    loss_mask: Tensor | None = None
+    prior: tuple[bool, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +82,7 @@ class ClipBatches:
         max_bad_fraction: float,
         cached: CachedSamples | None = None,
         flf2v_probability: float = 0.0,
+        with_masks: bool = False,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -96,6 +101,7 @@ class ClipBatches:
             max_bad_fraction: share of unreadable samples at which reading fails.
             cached: latents or text embeddings that are read instead of encoded; None encodes both.
             flf2v_probability: share of samples whose last frame is given beside the first, with `with_condition`.
+            with_masks: read the masks of clips that have one.
         """
         if order.block_size % (world_size * micro_batch_size):
             raise ValueError(f"block of {order.block_size} does not divide by {world_size} x {micro_batch_size}")
@@ -110,7 +116,7 @@ class ClipBatches:
         self._rank, self._world_size, self._micro = rank, world_size, micro_batch_size
         self._seed, self._caption_dropout = seed, caption_dropout
         self._max_bad_fraction = max_bad_fraction
-        self._cached = cached
+        self._cached, self._with_masks = cached, with_masks
         self._pool = ThreadPoolExecutor(num_workers, "read-clips") if num_workers else None
         self.num_read = 0
         self.bad_samples: list[str] = []
@@ -171,12 +177,14 @@ class ClipBatches:
     def _read_exactly(self, bucket: int, position: int, place: int) -> ReadSample:
         ref = self._order.at(bucket, place)
         row = self._dataset.row_of(bucket, ref.shard, ref.index)
-        weight = self._dataset.loss_weight(ref.shard)
+        weight, is_prior = self._dataset.loss_weight(ref.shard), self._dataset.is_prior(ref.shard)
         last = self._encoder.draw_last(self._dataset.buckets[bucket], bucket, position)
         latents, text = self._read_cached(bucket, position, ref.shard, row, self._encoder.parts(last))
+        has_mask = self._with_masks and self._dataset.has_mask(ref.shard, row)
+        mask = latents.pop("mask").float() if latents is not None and "mask" in latents else None
         if self._cached and latents is not None and text is not None:
             key = self._cached.key_of(ref.shard, row)
-            return ReadSample(position, key, "", "", None, (), weight, last, latents, text)
+            return ReadSample(position, key, "", "", None, (), weight, last, latents, text, mask, is_prior)
         clip, prompt = draw_sample(
             self._dataset,
             ref,
@@ -187,7 +195,11 @@ class ClipBatches:
         )
         known = latents is not None or self._encoder.knows(clip.cache_key, last)
         frames = None if known else self._dataset.frames(clip)
-        return ReadSample(position, clip.key, prompt, clip.cache_key, frames, (), weight, last, latents, text)
+        if has_mask and mask is None:
+            mask = self._encoder.mask(clip.cache_key, lambda: self._dataset.mask(clip), clip.bucket.num_frames)
+        return ReadSample(
+            position, clip.key, prompt, clip.cache_key, frames, (), weight, last, latents, text, mask, is_prior
+        )
 
     def _read_cached(
         self, bucket: int, position: int, shard: int, row: int, parts: Sequence[str]
@@ -195,7 +207,8 @@ class ClipBatches:
         """Return what is cached of a sample; its draws are those of `draw_sample`."""
         cached, latents, text = self._cached, None, None
         if cached and cached.has_latents:
-            latents = cached.read_latents(shard, row, self._dataset.buckets[bucket], parts)
+            masks = ("mask",) if self._with_masks and self._dataset.has_mask(shard, row) else ()
+            latents = cached.read_latents(shard, row, self._dataset.buckets[bucket], (*parts, *masks))
         if cached and cached.has_text:
             if uniform(self._seed, "caption_dropout", bucket, position) < self._caption_dropout:
                 text = cached.empty_text
@@ -218,7 +231,16 @@ class ClipBatches:
                 text_embeds=torch.stack([self._encoder.text(s) for s in samples]),
                 condition=encoded[:, num_channels:] if self._encoder.with_condition else None,
                 loss_weights=self._loss_weights(block, samples),
+                loss_mask=self._loss_mask(samples, encoded),
+                prior=tuple(s.is_prior for s in samples) if any(s.is_prior for s in samples) else (),
             )
+
+    def _loss_mask(self, samples: Sequence[ReadSample], encoded: Tensor) -> Tensor | None:
+        """Return how much each latent counts, [B, 1, f, h, w]; None where no sample has a mask."""
+        if all(s.mask is None for s in samples):
+            return None
+        whole = torch.ones(1, *encoded.shape[2:])
+        return torch.stack([whole if s.mask is None else s.mask for s in samples]).to(encoded.device)
 
     def _loss_weights(self, block: Block, samples: Sequence[ReadSample]) -> Tensor | None:
         """Return what each sample weighs, [B]; None where all weigh 1."""

@@ -18,6 +18,7 @@ from wan_dist.data.encode import Encoders
 from wan_dist.data.family_reader import is_finite
 from wan_dist.data.index import ShardSet
 from wan_dist.data.reader import locate, read_json
+from wan_dist.models.wan.condition import latent_mask
 
 T = TypeVar("T")
 
@@ -128,18 +129,26 @@ class LatentsSource:
         return [batch for clips in of_bucket for batch in chunks(clips, self._batch_size)]
 
     def _encode(self, batch: Sequence[LocatedClip], futures: Sequence[Future[NDArray[np.uint8]]]) -> Iterator[Encoded]:
-        whole: list[tuple[int, NDArray[np.uint8]]] = []
+        whole: list[tuple[LocatedClip, NDArray[np.uint8]]] = []
+        masks: dict[int, Tensor] = {}
         for clip, future in zip(batch, futures, strict=True):
             try:
-                whole.append((clip.row, future.result()))
+                frames, mask = future.result(), self._dataset.mask(clip)
+                whole.append((clip, frames))
+                if mask is not None:
+                    reduced = latent_mask(torch.from_numpy(mask), len(frames), self._encoders.stride)
+                    masks[clip.row] = reduced.to(torch.bfloat16)
             except DataError as error:
                 yield Encoded(clip.row, None, str(error))
         if not whole:
             return
         parts = self._encoders.encode_parts(np.stack([frames for _, frames in whole]), self._parts)
         stored = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in parts.items()}
-        for place, (row, _) in enumerate(whole):
-            yield _checked(row, {name: tensor[place].contiguous() for name, tensor in stored.items()})
+        for place, (clip, _) in enumerate(whole):
+            tensors = {name: tensor[place].contiguous() for name, tensor in stored.items()}
+            if clip.row in masks:
+                tensors["mask"] = masks[clip.row]
+            yield _checked(clip.row, tensors)
 
 
 class TextSource:

@@ -63,7 +63,7 @@ class CachedSamples:
         key = self._latents[place].key_of(number, row)
         found = {part: tensor_of(tensors, part, key) for part in parts}
         for part, tensor in found.items():
-            wanted = self._shapes[place].of(bucket)
+            wanted = self._shapes[place].of(bucket, part)
             if tuple(tensor.shape) != wanted:
                 raise DataError(
                     f"{self._latents[place].family.folder}: sample {key}: {part} has shape {list(tensor.shape)}, "
@@ -112,9 +112,10 @@ class _LatentShape:
         self._channels = int(config["z_dim"])
         self._step_t, self._step = int(config["scale_factor_temporal"]), int(config["scale_factor_spatial"])
 
-    def of(self, bucket: Bucket) -> tuple[int, int, int, int]:
+    def of(self, bucket: Bucket, part: str) -> tuple[int, int, int, int]:
         num_frames = (bucket.num_frames - 1) // self._step_t + 1
-        return self._channels, num_frames, bucket.height // self._step, bucket.width // self._step
+        channels = 1 if part == "mask" else self._channels
+        return channels, num_frames, bucket.height // self._step, bucket.width // self._step
 
 
 def padded(embed: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,6 +21,7 @@ from wan_dist.data.decode import DECODE_RULES, crop_window, frame_times
 from wan_dist.data.decode_worker import Decoder, open_decoder
 from wan_dist.data.index import ShardSet, open_shards
 from wan_dist.data.located import ClipSample, LocatedClip
+from wan_dist.data.masks import STILL_MAGIC
 from wan_dist.data.mixture import MixedShards, ShardSource, mixing_rates
 from wan_dist.data.reader import locate, read_captions, read_member
 
@@ -108,7 +110,9 @@ class ClipDataset:
             allow_upscale,
         )
         sources = [ShardSource(str(shards_dir))] if isinstance(shards_dir, Path | str) else shards_dir
-        opened = [MixedShards(open_shards(s.path, s.cache), s.weight, s.repeats, s.loss_weight) for s in sources]
+        opened = [
+            MixedShards(open_shards(s.path, s.cache), s.weight, s.repeats, s.loss_weight, s.kind) for s in sources
+        ]
         dataset = cls(opened, rules, decoder)
         if not dataset.counts.any():
             indexes = [m.shards.index(number) for m, number in dataset._places]
@@ -167,6 +171,15 @@ class ClipDataset:
     def loss_weight(self, shard: int) -> float:
         """Return what the loss of a shard's clips is multiplied by."""
         return self._places[shard][0].loss_weight
+
+    def is_prior(self, shard: int) -> bool:
+        """Return whether a shard's clips keep the model as it was, instead of teaching it."""
+        return self._places[shard][0].kind == "prior"
+
+    def has_mask(self, shard: int, row: int) -> bool:
+        """Return whether the clip in a row of a shard's index has a mask."""
+        mixed, local = self._places[shard]
+        return bool(mixed.shards.index(local)[row]["mask_size"])
 
     def table(self) -> str:
         """Return lines that say how many clips each bucket has, and how many were left out and why."""
@@ -230,6 +243,29 @@ class ClipDataset:
             crop_xy=clip.crop_xy,
             allow_duplicate_frames=self._rules.allow_duplicate_frames,
             name=where.name,
+        )
+
+    def mask(self, clip: LocatedClip) -> NDArray[np.uint8] | None:
+        """Return a located sample's mask, cropped as its frames: [F or 1, H, W, 3], white counts; None if it has none.
+
+        Raises:
+            DataError: the mask is damaged.
+        """
+        mixed, local = self._places[clip.shard]
+        row = mixed.shards.index(local)[clip.row]
+        if not row["mask_size"]:
+            return None
+        where = locate(mixed.shards.tar(local), row, "mask")
+        content = read_member(where)
+        still = content.startswith(STILL_MAGIC)
+        return self._decoder.decode(
+            content,
+            replace(clip.bucket, num_frames=1) if still else clip.bucket,
+            fps=clip.fps,
+            choice=0.0 if still else clip.choice,
+            crop_xy=clip.crop_xy,
+            allow_duplicate_frames=self._rules.allow_duplicate_frames,
+            name=f"{where.name}: its mask",
         )
 
     def frame_times(self, clip: LocatedClip) -> list[float]:

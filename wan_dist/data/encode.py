@@ -27,6 +27,7 @@ class Encoders:
         latents_mean: [1, C, 1, 1, 1] fp32, subtracted from the posterior mean.
         latents_std: [1, C, 1, 1, 1] fp32, which it is then divided by.
         device: where encoding happens.
+        stride: pixels per latent (frames; height and width).
     """
 
     vae: Any
@@ -34,6 +35,7 @@ class Encoders:
     latents_mean: Tensor
     latents_std: Tensor
     device: torch.device
+    stride: tuple[int, int]
 
     @torch.no_grad()
     def encode_video(self, frames: NDArray[np.uint8]) -> Tensor:
@@ -140,8 +142,9 @@ def load_encoders(
     def statistics(name: str) -> Tensor:
         return torch.tensor(config[name], dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
 
+    stride = int(config["scale_factor_temporal"]), int(config["scale_factor_spatial"])
     pipeline = _text_pipeline(pipeline_dir, device, text_dtype) if with_text else None
-    return Encoders(vae, pipeline, statistics("latents_mean"), statistics("latents_std"), device)
+    return Encoders(vae, pipeline, statistics("latents_mean"), statistics("latents_std"), device, stride)
 
 
 def _text_pipeline(pipeline_dir: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -25,7 +25,18 @@ FORMAT_VERSION: Final = 1
 
 Kind = Literal["latents", "text"]
 
-_MEDIA_FIELDS: Final = ("key", "media_ext", "media_size", "media_crc32", "width", "height", "num_frames", "fps")
+_MEDIA_FIELDS: Final = (
+    "key",
+    "media_ext",
+    "media_size",
+    "media_crc32",
+    "mask_size",
+    "mask_crc32",
+    "width",
+    "height",
+    "num_frames",
+    "fps",
+)
 _CAPTION_FIELDS: Final = ("key", "json_size", "json_crc32")
 _MAX_SHOWN: Final = 40
 

@@ -24,7 +24,7 @@ from wan_dist.data.stores import CacheLimits, LocalStore, Store, StoredFile, ope
 MANIFEST_NAME: Final = "manifest.json"
 _MAX_OPEN_INDEXES: Final = 128
 
-MEMBERS: Final = ("json", "text", "media")
+MEMBERS: Final = ("json", "text", "media", "mask")
 
 INDEX_DTYPE: Final = np.dtype(
     [
@@ -39,7 +39,8 @@ INDEX_DTYPE: Final = np.dtype(
         ("max_gap_s", "<f8"),
     ]
 )
-"""One row per sample: key; extension of the clip; offset and size in bytes and CRC-32 of each member; width and
+"""One row per sample: key; extension of the clip; offset and size in bytes and CRC-32 of each member, 0 for one that is
+not there; width and
 height as shown in px; frames; mean frames per second; seconds; longest time between two frames in seconds."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class ShardSource:
         repeats: how often each of its clips comes per epoch.
         loss_weight: what the loss of its clips is multiplied by.
         cache: where parts of remote shards are kept; None keeps nothing.
+        kind: what its clips are for: train, or prior to keep what the model gives for them.
     """
 
     path: Path | str
@@ -32,6 +33,7 @@ class ShardSource:
     repeats: float = 1.0
     loss_weight: float = 1.0
     cache: CacheLimits | None = None
+    kind: Literal["train", "prior"] = "train"
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,17 @@ class MixedShards:
     weight: float | None = None
     repeats: float = 1.0
     loss_weight: float = 1.0
+    kind: Literal["train", "prior"] = "train"
 
     @property
     def is_plain(self) -> bool:
-        """Whether each of its clips comes once per epoch and weighs 1."""
-        return (self.repeats, self.loss_weight) == (1.0, 1.0)
+        """Whether each of its clips comes once per epoch, weighs 1 and is learned."""
+        return (self.repeats, self.loss_weight, self.kind) == (1.0, 1.0, "train")
 
     def identity(self) -> list[Any]:
         """Return what decides which samples come from it, as JSON values."""
-        return [self.shards.manifest.digest, self.weight, self.repeats, self.loss_weight]
+        prior = ["prior"] if self.kind == "prior" else []
+        return [self.shards.manifest.digest, self.weight, self.repeats, self.loss_weight, *prior]
 
 
 def mixing_rates(mixed: Sequence[MixedShards], num_clips: Sequence[int]) -> list[Fraction]:

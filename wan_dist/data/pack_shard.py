@@ -10,10 +10,11 @@ from typing import Any
 
 from wan_dist.core.errors import DataError
 from wan_dist.data.index import ShardEntry, encode_index
+from wan_dist.data.masks import mask_problem
 from wan_dist.data.pack_rules import ClipRules
 from wan_dist.data.pack_state import DoneShard
 from wan_dist.data.plan import PlannedClip, shard_stem
-from wan_dist.data.prepare import Piece
+from wan_dist.data.prepare import Piece, Prepared
 from wan_dist.data.probe import WARNINGS, Reject
 from wan_dist.data.probe_worker import Prober
 from wan_dist.data.shard_format import TMP_MARK, Member, ShardWriter, write_file, write_shard
@@ -65,6 +66,9 @@ def pack_shard(task: ShardTask, prober: Prober, on_clip: Callable[[int, list[str
                 name = clip.source.path
                 prepared = prober.prepare(_span(task.source_dir, clip), name, task.rules, work_dir)
                 rejects += prepared.rejects
+                if problem := _mask_problem(task.source_dir, clip, prepared, prober):
+                    rejects.append(problem)
+                    prepared = Prepared((), (*prepared.rejects, problem))
                 for piece in prepared.pieces:
                     rows.append(_add_sample(writer, task.source_dir, clip, piece))
                     where = f"{name}{piece.suffix and '#' + piece.suffix[1:]}"
@@ -124,9 +128,26 @@ def _add_sample(writer: ShardWriter, source_dir: Path, clip: PlannedClip, piece:
     media = FileSpan(Path(piece.file)) if piece.file else _span(source_dir, clip)
     num_bytes = Path(piece.file).stat().st_size if piece.file else source.num_bytes
     members.append(_add_file(writer, f"{key}.{extension}", media, num_bytes))
+    if source.mask:
+        span = FileSpan(source_dir / source.mask)
+        members.append(_add_file(writer, f"{key}{_mask_extension(source.mask)}", span, source.mask_bytes))
+    else:
+        members.append(Member(0, 0, 0))
     places = [value for m in members for value in (m.offset, m.size, m.crc32)]
     numbers = (info.width, info.height, info.num_frames, info.fps, info.duration_s, info.max_gap_s)
     return (key.encode(), extension.encode(), *places, *numbers)
+
+
+def _mask_problem(source_dir: Path, clip: PlannedClip, prepared: Prepared, prober: Prober) -> Reject | None:
+    """Return why a clip's mask cannot be packed with it."""
+    source = clip.source
+    if not (source.mask and prepared.pieces):
+        return None
+    return mask_problem(prober.probe(source_dir / source.mask, source.mask), prepared.pieces, source.path)
+
+
+def _mask_extension(mask: str) -> str:
+    return f".mask.{mask.rpartition('.')[2].lower()}"
 
 
 def _add_file(writer: ShardWriter, name: str, span: FileSpan, num_bytes: int) -> Member:

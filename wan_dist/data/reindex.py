@@ -7,7 +7,7 @@ import logging
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, cast
@@ -189,17 +189,23 @@ def _mismatch(tar: StoredFile, row: np.void) -> str | None:
     return None
 
 
+def media_extension(extensions: Iterable[str]) -> str | None:
+    """Return which of a sample's members is its clip; masks are none."""
+    return next((e for e in extensions if e.rpartition(".")[2] in MEDIA_EXTENSIONS and not e.startswith("mask.")), None)
+
+
 def _row(
     sample: TarSample, content: Callable[[TarMember], bytes], prober: Prober, name: str
 ) -> tuple[Any, ...] | Reject:
     """Return the index row of a sample, or why it is left out."""
-    extension = next((e for e in sample.members if e.rpartition(".")[2] in MEDIA_EXTENSIONS), None)
+    extension = media_extension(sample.members)
     if extension is None:
         return Reject("no_media", name, f"has {', '.join(sample.members)}; clips are .{', .'.join(MEDIA_EXTENSIONS)}")
     members = {
         "json": sample.members.get("json"),
         "text": sample.members.get("txt"),
         "media": sample.members[extension],
+        "mask": next((place for e, place in sample.members.items() if e.startswith("mask.")), None),
     }
     described: dict[str, Any] = {}
     if members["json"]:

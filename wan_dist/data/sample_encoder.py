@@ -1,5 +1,6 @@
 """Read samples into what the transformer sees, from a cache or by the encoders, kept in memory for the next time."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from wan_dist.core.rng import uniform
 from wan_dist.data.cached import padded
 from wan_dist.data.encode import Encoders
 from wan_dist.data.memory_cache import MemoryCache
+from wan_dist.models.wan.condition import latent_mask
 
 
 class ReadSample(NamedTuple):
@@ -29,6 +31,8 @@ class ReadSample(NamedTuple):
         with_last: its last frame is given beside the first.
         latents: tensors of a latents family; None where there are none.
         text: [L, D] of a text family; None likewise.
+        mask: [1, f, h, w] fp32 in [0, 1] on the CPU, how much of each latent counts; None where all do.
+        is_prior: the target is what the model gives without its adapters.
     """
 
     position: int
@@ -41,6 +45,8 @@ class ReadSample(NamedTuple):
     with_last: bool = False
     latents: dict[str, Tensor] | None = None
     text: Tensor | None = None
+    mask: Tensor | None = None
+    is_prior: bool = False
 
 
 class SampleEncoder:
@@ -111,6 +117,21 @@ class SampleEncoder:
             check_finite(known, f"sample {sample.key}: the VAE")
             self._latents.put(memory_key, known)
         return known.to(self.encoders.device)
+
+    def mask(self, cache_key: str, read: Callable[[], NDArray[np.uint8] | None], num_frames: int) -> Tensor | None:
+        """Return how much of each latent a clip's mask covers, [1, f, h, w] fp32 on the CPU.
+
+        Args:
+            cache_key: names exactly the pixels of the clip.
+            read: gives the mask's frames.
+            num_frames: of the clip, 4n+1.
+        """
+        key = f"{cache_key}+mask"
+        known = self._latents.get(key)
+        if known is None and (frames := read()) is not None:
+            known = latent_mask(torch.from_numpy(frames), num_frames, self.encoders.stride)
+            self._latents.put(key, known)
+        return known
 
     def text(self, sample: ReadSample) -> Tensor:
         """Return the prompt's embedding, [512, D] on the device.

@@ -70,7 +70,9 @@ def _clips(
         captions = shared or (_from_name(path) if kind == "filename" else _beside(folder, path))
         found = captions if isinstance(captions, Reject) else file_source(folder / path, path, captions)
         if isinstance(found, Source):
-            sources.append(replace(found, path=f"{name}/{path}", file=_file(root, folder / path), concept=name))
+            mask = _file(root, folder / found.mask) if found.mask else ""
+            file = _file(root, folder / path)
+            sources.append(replace(found, path=f"{name}/{path}", file=file, concept=name, mask=mask))
         else:
             rejects.append(found)
     return sources, [replace(r, path=f"{name}/{r.path}") for r in rejects]

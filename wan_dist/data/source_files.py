@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from wan_dist.data.index import ConceptEntry
+from wan_dist.data.masks import clip_of_mask, mask_beside
 from wan_dist.data.probe import Reject
 
 CLIP_EXTENSIONS: Final = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "ts", "mts", "m2ts", "png", "jpg", "jpeg")
@@ -28,6 +29,9 @@ class Source:
         file: file that holds the clip, relative to the source folder or absolute.
         offset: where the clip starts in that file, bytes; 0 where it is the file.
         concept: name of the concept that it belongs to, or empty.
+        mask: file of its mask, relative to the source folder or absolute; empty without.
+        mask_bytes: size of the mask, bytes.
+        mask_mtime_ns: time of the mask's last change, nanoseconds.
     """
 
     path: str
@@ -37,6 +41,9 @@ class Source:
     file: str = ""
     offset: int = 0
     concept: str = ""
+    mask: str = ""
+    mask_bytes: int = 0
+    mask_mtime_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,10 @@ def walk_clips(folder: Path, subfolders: bool = True) -> tuple[list[str], list[R
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if subfolders else []
         for name in names:
             path = (Path(root) / name).relative_to(folder).as_posix()
+            if (stem := clip_of_mask(name)) is not None:
+                if not any(f"{stem}.{extension}" in names for extension in CLIP_EXTENSIONS):
+                    rejects.append(Reject("lone_mask", path, f"no clip {stem} beside it; rename the mask or the clip"))
+                continue
             extension = name.rpartition(".")[2].lower()
             if name.startswith(".") or extension not in CLIP_EXTENSIONS + FOREIGN_EXTENSIONS:
                 continue
@@ -99,4 +110,16 @@ def file_source(file: Path, path: str, captions: tuple[str, ...]) -> Source | Re
     if not stat_kind.S_ISREG(stat.st_mode):
         # Opening a pipe waits for whoever writes into it.
         return Reject("unreadable", path, "not a regular file; remove it or copy its content into one")
-    return Source(path, stat.st_size, stat.st_mtime_ns, captions)
+    mask = mask_beside(file)
+    if mask is None:
+        return Source(path, stat.st_size, stat.st_mtime_ns, captions)
+    about = mask.stat()
+    return Source(
+        path,
+        stat.st_size,
+        stat.st_mtime_ns,
+        captions,
+        mask=Path(path).with_name(mask.name).as_posix(),
+        mask_bytes=about.st_size,
+        mask_mtime_ns=about.st_mtime_ns,
+    )

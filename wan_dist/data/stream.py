@@ -27,7 +27,7 @@ from wan_dist.data.decode_worker import Decoder
 from wan_dist.data.probe import ClipInfo, Reject
 from wan_dist.data.probe_worker import Prober
 from wan_dist.data.reader import CAPTION_KEYS
-from wan_dist.data.reindex import MEDIA_EXTENSIONS, probe_bytes
+from wan_dist.data.reindex import media_extension, probe_bytes
 from wan_dist.data.stores import StoredFile, is_remote, open_store
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class ClipStream:
 
     def _clip(self, sample: dict[str, Any], prober: Prober) -> StreamedClip | Reject:
         name = f"{sample['__url__']}: sample {sample['__key__']}"
-        extension = next((e for e in sample if e.rpartition(".")[2] in MEDIA_EXTENSIONS), None)
+        extension = media_extension(sample)
         captions = _captions(sample)
         if extension is None or not captions:
             missing = "no_media" if extension is None else "no_caption"

@@ -107,6 +107,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
         max_bad_fraction=data.max_bad_fraction,
         cached=caches.samples,
         flf2v_probability=data.flf2v_probability,
+        with_masks=cfg.flow.mask_min_weight < 1.0,
     )
     tail = "" if data.tail in ("carry", "merge") else f"-{data.tail}"
     return batches, f"{dataset.digest}{tail}{caches.suffix}"
@@ -155,4 +156,4 @@ def _sources(cfg: TrainConfig, shards: str | Sequence[DatasetConfig]) -> list[Sh
     data = cfg.data
     cache = CacheLimits(Path(data.cache_dir), int(data.cache_gib * 2**30)) if data.cache_dir else None
     named = [DatasetConfig(path=shards)] if isinstance(shards, str) else shards
-    return [ShardSource(d.path, d.weight, d.repeats, d.loss_weight, cache) for d in named]
+    return [ShardSource(d.path, d.weight, d.repeats, d.loss_weight, cache, d.kind) for d in named]

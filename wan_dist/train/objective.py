@@ -1,7 +1,7 @@
 """The training objective: noise levels and noise keyed by sample position, prediction, loss."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,14 @@ class Inputs(NamedTuple):
     first_timestep: Tensor | None
 
 
+class BasePrediction(Protocol):
+    """What the model predicts without what is being trained."""
+
+    def __call__(self, transformer: Any, inputs: Inputs, *, wanted: bool) -> Tensor | None:
+        """Return the prediction without gradient, [B, C, f, h, w], or None if no rank wants it; collective."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """Flow matching on one expert's range of noise levels.
@@ -58,6 +66,8 @@ class Objective:
         weighting: what a sample's loss is multiplied by at its noise level; None is 1.
         i2v_probability: share of ti2v-5B's samples, of more than one latent frame, whose first frame is given.
         first_frame_noise: add a little noise to given first frames.
+        mask_min_weight: what a latent counts that a sample's mask leaves out.
+        base_prediction: gives the target of prior samples; None if there are none.
     """
 
     sampler: SigmaSampler
@@ -68,6 +78,8 @@ class Objective:
     weighting: Weighting | None = None
     i2v_probability: float = 0.0
     first_frame_noise: bool = False
+    mask_min_weight: float = 0.0
+    base_prediction: BasePrediction | None = None
 
     def draw_sigma(self, batch: Batch) -> Tensor:
         """Return one noise level per sample, [B] fp32 on the batch's device, the same whichever rank asks."""
@@ -94,8 +106,8 @@ class Objective:
         sigma, noise = self.draw_sigma(batch), self.draw_noise(batch)
         given = self.draw_first_given(batch)
         inputs = self._inputs(batch, sigma, noise, given)
+        target = self._target(transformer, batch, inputs, noise)
         predicted = predict_velocity(transformer, *inputs)
-        target = flow_matching.velocity(batch.latents, noise)
         elements = distance(predicted, target, self.kind, self.huber_delta)
         samples = weighted_mean(elements, self._places(batch, given))
         weighted = samples if self.weighting is None else samples * self.weighting(sigma)
@@ -119,11 +131,25 @@ class Objective:
         condition = None if batch.condition is None else batch.condition.to(self.dtype)
         return Inputs(noisy.to(self.dtype), timestep, self._text(batch.text_embeds), condition, first_timestep)
 
+    def _target(self, transformer: Any, batch: Batch, inputs: Inputs, noise: Tensor) -> Tensor:
+        """Return the velocity to predict, [B, C, f, h, w] fp32; that of the model without adapters in prior samples."""
+        target = flow_matching.velocity(batch.latents, noise)
+        if self.base_prediction is None:
+            return target
+        base = self.base_prediction(transformer, inputs, wanted=any(batch.prior))
+        if base is None or not any(batch.prior):
+            return target
+        prior = torch.tensor(batch.prior, device=target.device).view(-1, 1, 1, 1, 1)
+        return torch.where(prior, base.float(), target)
+
     def _places(self, batch: Batch, given: list[bool]) -> Tensor | None:
         """Return what each place of the latents counts, [B, 1, f, h, w] fp32; None where all count the same."""
-        if not any(given):
+        if batch.loss_mask is None and not any(given):
             return None
-        weights = torch.ones_like(batch.latents[:, :1], dtype=torch.float32)
+        if batch.loss_mask is None:
+            weights = torch.ones_like(batch.latents[:, :1], dtype=torch.float32)
+        else:
+            weights = self.mask_min_weight + (1.0 - self.mask_min_weight) * batch.loss_mask
         weights[torch.tensor(given, device=weights.device), :, 0] = 0.0
         return weights
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from wan_dist.config.check_conditions import condition_problems
+from wan_dist.config.check_conditions import condition_problems, prior_problems
 from wan_dist.models.wan.variants import get_variant
 
 
@@ -35,3 +35,12 @@ def test_what_a_variant_cannot_do_is_named(variant: str, values: dict[str, Any],
 )
 def test_what_it_can_is_not(variant: str, values: dict[str, Any]) -> None:
     assert condition_problems(get_variant(variant), values) == []
+
+
+def test_a_prior_needs_adapters_to_switch_off() -> None:
+    shards = [{"path": "a"}, {"path": "b", "kind": "prior"}]
+    (problem,) = prior_problems({"method.kind": "full", "data.shards": shards})
+    assert problem.path == ("data", "shards", 1, "kind")
+    assert "use method.kind: lora, or train on clips that the model made" in problem.text
+    assert prior_problems({"method.kind": "lora", "data.shards": shards}) == []
+    assert prior_problems({"data.shards": "a"}) == prior_problems({"data.shards": shards[:1]}) == []
