@@ -50,7 +50,7 @@ def _report(title: str, clips: Path, out: Path, rounds: int) -> None:
         "GNU tar": partial(_gnu_tar, clips, out),
     }
     total_mb = sum(path.stat().st_size for path in clips.iterdir()) / 1e6
-    spent = interleave(contestants, rounds)
+    spent = interleave(contestants, rounds, partial(_empty, out))
     rates = {name: [total_mb / cost.cpu_s for cost in costs] for name, costs in spent.items()}
     for name, found in rates.items():
         ratios = [median_ratio(found, rates[peer]) for peer in ("webdataset ShardWriter", "GNU tar")]
@@ -60,10 +60,14 @@ def _report(title: str, clips: Path, out: Path, rounds: int) -> None:
         )
 
 
-def _write(clips: Path, out: Path) -> None:
-    """What `wan-data pack` does apart from looking at the clips."""
+def _empty(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
+    os.sync()
+
+
+def _write(clips: Path, out: Path) -> None:
+    """What `wan-data pack` does apart from looking at the clips."""
     rows: list[tuple[Any, ...]] = []
     with write_shard(out / "data-000000.tar") as (writer, _):
         for path in sorted(clips.glob("*.mp4")):
@@ -80,13 +84,10 @@ def _write(clips: Path, out: Path) -> None:
 
 
 def _pack(clips: Path, out: Path) -> None:
-    shutil.rmtree(out, ignore_errors=True)
     pack_clips(clips, out)
 
 
 def _shard_writer(clips: Path, out: Path) -> None:
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
     with ShardWriter(str(out / "data-%06d.tar"), maxcount=10**9, maxsize=10**12, verbose=0) as writer:
         for path in sorted(clips.glob("*.mp4")):
             described = {"path": path.name, "captions": [CAPTION.decode()], "fps": 24.0}
@@ -102,8 +103,6 @@ def _shard_writer_hashed(clips: Path, out: Path) -> None:
 
 
 def _gnu_tar(clips: Path, out: Path) -> None:
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
     subprocess.run(["tar", "--format=ustar", "-cf", out / "data.tar", "-C", clips, "."], check=True)
 
 

@@ -37,11 +37,17 @@ def run_apart(work: Callable[[], object]) -> Spent:
     return Spent(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s)
 
 
-def interleave(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[Spent]]:
-    """Run all contestants in turn, `rounds` times, after one round that does not count."""
+def interleave(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, prepare: Callable[[], object] = lambda: None
+) -> dict[str, list[Spent]]:
+    """Run all contestants in turn, `rounds` times, after one round that does not count.
+
+    `prepare` runs before each, unmeasured: cleaning up after one contestant must not be counted for the next.
+    """
     spent: dict[str, list[Spent]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, work in contestants.items():
+            prepare()
             cost = run_apart(work)
             if number:
                 spent[name].append(cost)

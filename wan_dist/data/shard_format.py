@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import Final
 
-from zlib_ng import zlib_ng
+from wan_dist.data.output_file import OutputFile, Readable
 
 MAX_KEY_LENGTH: Final = 88
 """USTAR names have 100 bytes; the rest is for the longest extension, `.safetensors` of cached latents and text."""
@@ -24,9 +24,6 @@ MAX_KEY_LENGTH: Final = 88
 _HASH_LENGTH: Final = 8
 TMP_MARK: Final = ".tmp."
 """Part of the name of everything that is not finished."""
-
-_CHUNK_BYTES: Final = 1 << 20
-"""Bytes hashed and written at once. tarfile's own 16 KiB cost a third more CPU."""
 
 
 @dataclass(frozen=True)
@@ -46,44 +43,33 @@ class Committed:
     sha256: str
 
 
-class Readable(Protocol):
-    """A stream of bytes, such as `io.BytesIO` or an unbuffered file."""
-
-    def readinto(self, buffer: memoryview, /) -> int | None:
-        """Fill the head of `buffer`; return the number of bytes, 0 at the end."""
-        ...
-
-
 class ShardWriter:
     """An open shard. Get one from `write_shard`."""
 
-    def __init__(self, stream: "_HashingStream") -> None:
-        self._stream = stream
-        self._tar = tarfile.TarFile(
-            fileobj=stream,  # type: ignore[arg-type]
-            mode="w",
-            format=tarfile.USTAR_FORMAT,
-            copybufsize=_CHUNK_BYTES,
-        )
-        self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+    def __init__(self, output: OutputFile) -> None:
+        self._output = output
 
     def add(self, name: str, size: int, content: Readable) -> Member:
         """Append a file of exactly `size` bytes read from `content`; return where it lies.
 
         Raises:
-            OSError: `content` ends early.
+            OSError: `content` ends early, or the disk is full.
         """
         info = tarfile.TarInfo(name)
         info.size, info.mode = size, 0o644  # every other field of a new TarInfo is 0 or empty
-        offset = self._stream.tell() + tarfile.BLOCKSIZE
-        reader = _ChecksumReader(content, self._buffer)
-        self._tar.addfile(info, reader)  # type: ignore[arg-type]
-        self._tar.getmembers().clear()  # tarfile would keep them all
-        return Member(offset, size, reader.crc32)
+        self._output.append(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._output.tell()
+        crc32 = self._output.append_from(content, size)
+        self._pad(tarfile.BLOCKSIZE)
+        return Member(offset, size, crc32)
 
     def close(self) -> None:
         """Write the end of the archive."""
-        self._tar.close()
+        self._output.append(bytes(2 * tarfile.BLOCKSIZE))
+        self._pad(tarfile.RECORDSIZE)
+
+    def _pad(self, unit: int) -> None:
+        self._output.append(bytes(-self._output.tell() % unit))
 
 
 @contextmanager
@@ -94,18 +80,20 @@ def write_shard(path: Path) -> Iterator[tuple[ShardWriter, list[Committed]]]:
         The writer, and a list that holds the finished file's size and hash after the block.
     """
     result: list[Committed] = []
-    with _committed(path) as stream:
-        hashing = _HashingStream(stream)
-        writer = ShardWriter(hashing)
+    with _committed(path) as temporary, OutputFile(temporary) as output:
+        writer = ShardWriter(output)
         yield writer, result
         writer.close()
-    result.append(Committed(hashing.tell(), hashing.sha256.hexdigest()))
+        sha256 = output.finish()
+        result.append(Committed(output.tell(), sha256))
 
 
 def write_file(path: Path, content: bytes) -> Committed:
     """Write a small file that appears under `path` only once it is whole and on disk."""
-    with _committed(path) as stream:
+    with _committed(path) as temporary, temporary.open("wb") as stream:
         stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
     return Committed(len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -148,14 +136,11 @@ def piece_suffix(number: int) -> str:
 
 
 @contextmanager
-def _committed(path: Path) -> Iterator[IO[bytes]]:
-    """Write to a temporary name in the same folder, then flush to disk and rename."""
+def _committed(path: Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder; what the block brought to disk under it is then renamed."""
     temporary = path.with_name(f".{path.name}{TMP_MARK}{os.getpid()}")
     try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temporary
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -165,41 +150,3 @@ def _committed(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-class _HashingStream:
-    """A sequential output stream that knows its position and SHA-256."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._position = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._stream.write(data)
-        self.sha256.update(data)
-        self._position += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self._position
-
-
-class _ChecksumReader:
-    """An input stream that knows the CRC-32 of what was read.
-
-    What it returns is valid until the next read: one buffer serves all, because fresh ones cost more than hashing.
-    """
-
-    def __init__(self, content: Readable, buffer: memoryview) -> None:
-        self._content = content
-        self._buffer = buffer
-        self.crc32 = 0
-
-    def read(self, size: int) -> memoryview:
-        filled = 0
-        while filled < size and (count := self._content.readinto(self._buffer[filled:size])):
-            filled += count
-        data = self._buffer[:filled]
-        self.crc32 = zlib_ng.crc32(data, self.crc32)
-        return data
