@@ -1,9 +1,10 @@
 """Cached latents and text in place of decoding and encoding, for the samples of one or several data sets."""
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class CachedSamples:
         Raises:
             DataError: the empty prompt's embedding cannot be read.
         """
-        self._last = np.cumsum(num_shards)
+        self._ends = list(itertools.accumulate(num_shards))
         self._latents, self._text = latents, text
         self.has_latents, self.has_text = latents is not None, text is not None
         self._empty = read_empty(text[0].family) if text else None
@@ -60,16 +61,17 @@ class CachedSamples:
         assert self._latents is not None, "latents are not cached"
         place, number = self._place(shard)
         tensors = self._latents[place].read(number, row)
+        shapes = self._shapes[place]
+        found = {part: tensors[part] for part in parts if part in tensors}
+        if len(found) == len(parts) and all(t.shape == shapes.of(bucket, part) for part, t in found.items()):
+            return found
         key = self._latents[place].key_of(number, row)
-        found = {part: tensor_of(tensors, part, key) for part in parts}
-        for part, tensor in found.items():
-            wanted = self._shapes[place].of(bucket, part)
-            if tuple(tensor.shape) != wanted:
-                raise DataError(
-                    f"{self._latents[place].family.folder}: sample {key}: {part} has shape {list(tensor.shape)}, "
-                    f"its bucket gives {list(wanted)}; cache the latents again."
-                )
-        return found
+        shape_of = {part: list(tensor_of(tensors, part, key).shape) for part in parts}
+        part = next(part for part in parts if shape_of[part] != list(shapes.of(bucket, part)))
+        raise DataError(
+            f"{self._latents[place].family.folder}: sample {key}: {part} has shape {shape_of[part]}, its bucket "
+            f"gives {list(shapes.of(bucket, part))}; cache the latents again."
+        )
 
     @property
     def empty_text(self) -> Tensor:
@@ -90,19 +92,21 @@ class CachedSamples:
         assert self._text is not None, "text is not cached"
         place, number = self._place(shard)
         tensors = self._text[place].read(number, row)
-        key, width = self._text[place].key_of(number, row), self.empty_text.shape[1]
-        embed = tensor_of(tensors, f"caption_{int(choice * len(tensors))}", key)
+        width, part = self.empty_text.shape[1], f"caption_{int(choice * len(tensors))}"
+        embed = tensors.get(part)
+        if embed is None:
+            embed = tensor_of(tensors, part, self._text[place].key_of(number, row))
         if embed.ndim != 2 or len(embed) > MAX_TEXT_TOKENS or embed.shape[1] != width:
             raise DataError(
-                f"{self._text[place].family.folder}: sample {key}: an embedding has shape {list(embed.shape)}, "
-                f"wanted are up to {MAX_TEXT_TOKENS} tokens of {width}; cache the text again."
+                f"{self._text[place].family.folder}: sample {self.key_of(shard, row)}: an embedding has shape "
+                f"{list(embed.shape)}, wanted are up to {MAX_TEXT_TOKENS} tokens of {width}; cache the text again."
             )
         return embed
 
     def _place(self, shard: int) -> tuple[int, int]:
         """Return the data set of a shard, and the shard's number there."""
-        place = int(np.searchsorted(self._last, shard, "right"))
-        return place, shard - int(self._last[place - 1] if place else 0)
+        place = bisect_right(self._ends, shard)
+        return place, shard - (self._ends[place - 1] if place else 0)
 
 
 class _LatentShape:
@@ -111,11 +115,16 @@ class _LatentShape:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._channels = int(config["z_dim"])
         self._step_t, self._step = int(config["scale_factor_temporal"]), int(config["scale_factor_spatial"])
+        self._known: dict[tuple[Bucket, str], tuple[int, int, int, int]] = {}
 
     def of(self, bucket: Bucket, part: str) -> tuple[int, int, int, int]:
-        num_frames = (bucket.num_frames - 1) // self._step_t + 1
-        channels = 1 if part == "mask" else self._channels
-        return channels, num_frames, bucket.height // self._step, bucket.width // self._step
+        shape = self._known.get((bucket, part))
+        if shape is None:
+            num_frames = (bucket.num_frames - 1) // self._step_t + 1
+            channels = 1 if part == "mask" else self._channels
+            shape = channels, num_frames, bucket.height // self._step, bucket.width // self._step
+            self._known[bucket, part] = shape
+        return shape
 
 
 def padded(embed: Tensor) -> Tensor:
