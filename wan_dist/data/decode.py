@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from wan_dist.core.buckets import Bucket
@@ -144,6 +144,7 @@ def _fill(
         MediaError: read from the head, and a frame did not come out.
     """
     missing = set(chosen.tolist())
+    reformatter = VideoReformatter()  # kept, because it computes the resize's weights once
     shape: tuple[int, int] | None = None
     for frame, aspect in _frames_from(source, int(chosen[0]) if seek else None):
         if shape not in (None, (frame.width, frame.height)):
@@ -153,7 +154,7 @@ def _fill(
         if pts in missing:
             if frame.is_corrupt:
                 break
-            out[chosen == pts] = _fit(frame, aspect, bucket, crop_xy)
+            out[chosen == pts] = _fit(frame, reformatter, aspect, bucket, crop_xy)
             missing.remove(pts)
         if not missing:
             return True
@@ -181,7 +182,13 @@ def _frames_from(source: Path | bytes, start_pts: int | None) -> Iterator[tuple[
                 yield frame, aspect
 
 
-def _fit(frame: VideoFrame, aspect: Fraction, bucket: Bucket, crop_xy: tuple[float, float]) -> NDArray[np.uint8]:
+def _fit(
+    frame: VideoFrame,
+    reformatter: VideoReformatter,
+    aspect: Fraction,
+    bucket: Bucket,
+    crop_xy: tuple[float, float],
+) -> NDArray[np.uint8]:
     """Return one frame upright, resized to cover the bucket and cropped, [H, W, 3] RGB in 0..255."""
     turns = frame.rotation // 90
     shown = display_size(frame.width, frame.height, aspect, frame.rotation)
@@ -189,15 +196,19 @@ def _fit(frame: VideoFrame, aspect: Fraction, bucket: Bucket, crop_xy: tuple[flo
     # The resize comes before the turn, hence in stored orientation.
     width, height = (window.height, window.width) if turns % 2 else (window.width, window.height)
     alpha = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
-    resized = frame.reformat(
+    resized = reformatter.reformat(
+        frame,
         width=width,
         height=height,
         format="rgba" if alpha else "rgb24",
         interpolation=Interpolation.BICUBIC,
         threads=1,
-    ).to_ndarray()
+    )
+    plane, depth = resized.planes[0], 4 if alpha else 3
+    rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)  # not to_ndarray(), which would copy
+    pixels = rows[:, : width * depth].reshape(height, width, depth)
     if alpha:
-        resized = (resized[..., :3].astype(np.uint16) * resized[..., 3:] // 255).astype(np.uint8)
-    upright = np.rot90(resized, turns)
+        pixels = (pixels[..., :3].astype(np.uint16) * pixels[..., 3:] // 255).astype(np.uint8)
+    upright = np.rot90(pixels, turns)
     cropped = upright[window.y : window.y + bucket.height, window.x : window.x + bucket.width]
     return np.asarray(cropped, dtype=np.uint8)
