@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 from av.error import FFmpegError
@@ -205,7 +205,9 @@ def _fit(
         threads=1,
     )
     plane, depth = resized.planes[0], 4 if alpha else 3
-    rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)  # not to_ndarray(), which would copy
+    rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(
+        height, plane.line_size
+    )  # not to_ndarray(), which would copy
     pixels = rows[:, : width * depth].reshape(height, width, depth)
     if alpha:
         pixels = (pixels[..., :3].astype(np.uint16) * pixels[..., 3:] // 255).astype(np.uint8)
