@@ -8,6 +8,7 @@ from typing import Any
 from wan_dist.config.check_conditions import condition_problems, prior_problems
 from wan_dist.config.check_flow import flow_problems
 from wan_dist.config.check_method import method_problems
+from wan_dist.config.check_optim import optim_problems
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.buckets import FIXED_RULES
@@ -23,7 +24,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
     Args:
         values: dotted key to value, well-typed; a check whose keys are not all there is left out.
     """
-    problems = _optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values) + flow_problems(values)
+    problems = optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values) + flow_problems(values)
     problems += method_problems(values) + _stage_problems(values) + prior_problems(values)
     if "model.variant" in values:
         variant = get_variant(values["model.variant"])
@@ -95,14 +96,6 @@ def _folder_problem(folder: Path, marker: str) -> str | None:
         what = "is a file, not a folder" if folder.is_file() else "there is no such folder"
         return what if folder.is_absolute() else f"{what} under {Path.cwd()}"
     return None if (folder / marker).is_file() else f"the folder holds no {marker}"
-
-
-def _optim_problems(values: Mapping[str, Any]) -> list[Problem]:
-    return [
-        Problem(("optim", "betas", index), f"optim.betas[{index}] = {beta} is not in [0, 1); use for example 0.9.")
-        for index, beta in enumerate(values.get("optim.betas", ()))
-        if not 0 <= beta < 1
-    ]
 
 
 def _stream_problems(values: Mapping[str, Any]) -> list[Problem]:

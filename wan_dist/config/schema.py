@@ -220,7 +220,9 @@ class FlowConfig(Section):
 class OptimConfig(Section):
     """Optimizer and learning rate schedule."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="Optimizer.")
+    name: Literal["adamw", "adamw_8bit", "adafactor", "lion", "prodigy", "schedule_free", "muon"] = Field(
+        default="adamw", description="Optimizer; docs/training.md says which works with which ZeRO stage."
+    )
     lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's decay rates.")
     eps: float = Field(default=1e-8, gt=0, description="Adam's epsilon.")
@@ -228,9 +230,21 @@ class OptimConfig(Section):
     expert_lr: dict[ExpertName, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="Peak learning rate of an expert where it is not `lr`."
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="After the warm-up.")
+    decay: Literal["all", "matrices"] = Field(
+        default="all", description="What decays; matrices leaves out biases, norms and modulation tables."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Further keyword arguments of the optimizer's class."
+    )
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "rex", "wsd"] = Field(
+        default="constant", description="Course of the learning rate after the warm-up (docs/training.md)."
+    )
+    num_cycles: int = Field(default=1, gt=0, description="Falls from the peak, for cosine_restarts.")
+    decay_share: float = Field(
+        default=0.1, gt=0, le=1, description="Share of the steps after the warm-up in which wsd falls."
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up from 0.")
-    min_lr_ratio: Fraction = Field(default=0.0, description="Share of `lr` at the last step, for linear and cosine.")
+    min_lr_ratio: Fraction = Field(default=0.0, description="Share of `lr` that every schedule but constant falls to.")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Global gradient norm limit; 0 turns clipping off.")
 
     @field_validator("betas", mode="before")

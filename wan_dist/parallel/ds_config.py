@@ -36,6 +36,7 @@ def deepspeed_config(
     offload_param: Device,
     pin_memory: bool,
     extra: Mapping[str, Any],
+    zero_keys: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run.
 
@@ -50,6 +51,7 @@ def deepspeed_config(
         offload_param: where partitioned weights live.
         pin_memory: page-lock offloaded memory (an accelerator is used).
         extra: further DeepSpeed keys, merged in.
+        zero_keys: `zero_optimization` keys that the optimizer needs.
 
     Raises:
         ConfigError: `extra` sets a key that is set here.
@@ -62,6 +64,7 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if offload_param == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": pin_memory}
+    zero |= zero_keys or {}
     config: dict[str, Any] = {
         "train_batch_size": micro_batch_size * accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,

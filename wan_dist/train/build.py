@@ -30,7 +30,8 @@ from wan_dist.train.hooks import CheckpointHook, ReportHook, SkipHook
 from wan_dist.train.loop import TrainState, train
 from wan_dist.train.objective import Objective
 from wan_dist.train.objective_options import objective_options
-from wan_dist.train.schedules import learning_rate
+from wan_dist.train.optimizers import check_extra
+from wan_dist.train.schedules import ScheduleShape, learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     """
     check_paths(cfg)
     method = _check_transformers(cfg)
+    check_extra(cfg.optim.name, cfg.optim.options)
     num_accumulated = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
@@ -308,6 +310,7 @@ def _learning_rates(cfg: TrainConfig, expert: str) -> Callable[[int], float]:
             warmup_steps=optim.warmup_steps,
             num_steps=cfg.train.num_steps,
             min_ratio=optim.min_lr_ratio,
+            shape=ScheduleShape(optim.num_cycles, optim.decay_share),
         )
 
     return lr_at

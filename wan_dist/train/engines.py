@@ -22,7 +22,7 @@ from wan_dist.parallel.ds_config import deepspeed_config
 from wan_dist.parallel.environment import build_guard
 from wan_dist.parallel.load import build_model, fill, gather_in_blocks, gathered_for_libraries
 from wan_dist.train.blocks import Context, checkpoint_blocks, choose_attention, compile_blocks
-from wan_dist.train.optimizers import OPTIMIZERS, OptimizerOptions
+from wan_dist.train.optimizers import OptimizerOptions, build_optimizer, zero_settings
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, num_accumulated: int) -> 
         offload_param=cfg.parallel.offload_param,
         pin_memory=ranks.device.type != "cpu",
         extra=cfg.parallel.deepspeed,
+        zero_keys=zero_settings(cfg.optim.name),
     )
 
 
@@ -104,22 +105,33 @@ def initialize(cfg: TrainConfig, model: Any, ds_config: dict[str, Any], ranks: R
     """Return the engine that trains a model's unfrozen parameters; collective."""
     import deepspeed
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     offloaded = cfg.parallel.offload_optimizer == "cpu" and ranks.device.type != "cpu"
-    options = OptimizerOptions(cfg.optim.lr, cfg.optim.betas, cfg.optim.eps, cfg.optim.weight_decay, offloaded)
+    options = OptimizerOptions(
+        cfg.optim.lr,
+        cfg.optim.betas,
+        cfg.optim.eps,
+        cfg.optim.weight_decay,
+        offloaded,
+        zero_stage=cfg.parallel.zero_stage,
+        decay=cfg.optim.decay,
+        extra=cfg.optim.options,
+    )
     # Only an accelerator whose optimizer is offloaded makes DeepSpeed compile something.
     with build_guard(builds=offloaded):
-        optimizer = OPTIMIZERS[cfg.optim.name](trainable, options)
+        optimizer = build_optimizer(cfg.optim.name, trainable, options)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        model_parameters=trainable,  # type: ignore[arg-type]  # its annotation asks for one tensor
+        model_parameters=[p for _, p in trainable],  # type: ignore[arg-type]  # its annotation asks for one tensor
         config=ds_config,
     )
     if cfg.parallel.zero_stage in (1, 2):
         optimizer_of: Any = engine.optimizer
         optimizer_of.check_grad_overflow = True  # as ZeRO-3 does: a step of non-finite gradients is skipped
-    logger.info("%s: %.1f M parameters, %.1f M trained", what, _millions(model.parameters()), _millions(trainable))
+    logger.info(
+        "%s: %.1f M parameters, %.1f M trained", what, _millions(model.parameters()), _millions(p for _, p in trainable)
+    )
     return engine
 
 

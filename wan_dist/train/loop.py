@@ -11,6 +11,7 @@ from torch import Tensor
 from wan_dist.core.order import Block
 from wan_dist.data.batching import Batch
 from wan_dist.train.experts import Expert
+from wan_dist.train.optimizers import set_learning_rate
 
 
 @dataclass
@@ -89,8 +90,7 @@ def train_step(expert: Expert, batches: Iterable[Batch], *, lr: float) -> StepRe
     """
     started = clock = time.perf_counter()
     engine = expert.engine
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(engine.optimizer, lr)
     losses: list[Tensor] = []
     sample_losses: list[Tensor] = []
     sigma: list[Tensor] = []

@@ -135,3 +135,26 @@ def test_every_sampling_and_shift_rule_loads():
     load_config(
         A14B, ["flow.shift=resolution", "flow.shift_rule=exponential", "flow.shift_points=[[32760, 3], [75600, 5]]"]
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.name=adafactor"], "ZeRO stage 3 cuts weights into flat pieces, of which it cannot factor rows"),
+        (["optim.name=muon"], "optim.max_grad_norm = 1.0 would clip the update after it was made orthogonal"),
+        (["optim.name=prodigy", "optim.decay=matrices"], "it keeps one count for all weights"),
+        (["optim.name=schedule_free", "optim.schedule=cosine"], "averaging takes a schedule's place; use constant."),
+        (["optim.schedule=cosine", "optim.num_cycles=3"], "remove it, or use cosine_restarts."),
+        (["optim.decay_share=0.5"], "optim.decay_share = 0.5: optim.schedule = cosine does not read it"),
+        (["optim.schedule=wsd", "optim.decay_share=0.0"], "optim.decay_share = 0.0 is not allowed"),
+    ],
+)
+def test_optimizers_that_would_silently_be_others_are_refused(overrides: list[str], message: str):
+    assert message in problems_of(TI2V, *overrides)
+
+
+def test_optimizers_that_work_load():
+    for name in ("adamw", "adamw_8bit", "lion", "prodigy"):
+        load_config(TI2V, [f"optim.name={name}"])
+    load_config(TI2V, ["optim.name=muon", "optim.max_grad_norm=0"])
+    load_config(TI2V, ["optim.name=schedule_free", "optim.schedule=constant"])
