@@ -13,6 +13,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "world_size": 4,
         "dtype": "bf16",
         "max_grad_norm": 1.0,
+        "zero_stage": 3,
         "offload_optimizer": "none",
         "offload_param": "none",
         "pin_memory": False,
