@@ -6,7 +6,6 @@ the single-process optimizer's, the largest distance that training moved a weigh
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +125,8 @@ def train(engine: Any, rank: int, first: int, last: int) -> None:
 def weights(engine: Any, stage: int) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    read: Callable[[Any], Any] = safe_get_full_fp32_param if stage else lambda p: p.detach()
-    return torch.cat([read(p).flatten().clone() for p in engine.module.parameters()])
+    found: list[Any] = [safe_get_full_fp32_param(p) if stage else p.detach() for p in engine.module.parameters()]
+    return torch.cat([tensor.flatten().clone() for tensor in found])
 
 
 def whole(name: str, extra: dict[str, Any], decay: str) -> tuple[Tensor, Tensor]:
