@@ -118,7 +118,7 @@ def read_lora(path: Path, component: str | None = None) -> LoraWeights:
 
     Args:
         path: a `.safetensors` file, or a folder with `adapter_model.safetensors` and `adapter_config.json`.
-        component: transformer or transformer_2, for a file that holds both.
+        component: transformer or transformer_2, where it matters: a file that holds both.
 
     Raises:
         ModelError: unreadable, not a LoRA of WAN, of a kind that is not low-rank, incomplete, or its scale is unknown.
@@ -126,9 +126,9 @@ def read_lora(path: Path, component: str | None = None) -> LoraWeights:
     if path.is_dir():
         path = path / PEFT_WEIGHTS_NAME
     tensors, metadata = _load(path)
-    tensors, component = _of_component(path, tensors, component)
+    tensors, named = _of_component(path, tensors, component)
     groups, layout = _group(path, tensors)
-    config = _config(path, metadata, layout, component)
+    config = _config(path, metadata, layout, named)
     stated = config is not None or any("alpha" in parts for parts in groups.values())
     modules = {stem: _module(path, stem, parts, config) for stem, parts in groups.items()}
     return LoraWeights(modules, layout, stated, metadata)
@@ -147,14 +147,16 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _of_component(
     path: Path, tensors: dict[str, Tensor], component: str | None
 ) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors of the wanted transformer, and the name that the file gives it."""
     found = {name.partition(".")[0] for name in tensors} & {"transformer", "transformer_2"}
     if len(found) == 2 and component is None:
         raise ModelError(f"{path}: holds both transformer and transformer_2; say which of them is meant.")
-    if component and found and component not in found:
-        raise ModelError(f"{path}: is for {found.pop()}, not for {component}.")
+    if component == "transformer" and found == {"transformer_2"}:
+        raise ModelError(f"{path}: is for transformer_2, not for transformer.")
     if len(found) == 2:
         return {name: tensor for name, tensor in tensors.items() if name.startswith(f"{component}.")}, component
-    return tensors, component or next(iter(found), None)
+    # diffusers names a file's only transformer `transformer`, whichever expert it is loaded into.
+    return tensors, next(iter(found), None)
 
 
 def _group(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], str]:

@@ -178,13 +178,13 @@ def _merge(
 
     from wan_dist.cli.progress import ByteProgress, progress_bar
     from wan_dist.cli.sizes import bytes_of
+    from wan_dist.cli.strengths import with_strengths
     from wan_dist.io.consolidate import Progress
     from wan_dist.io.lora_merge import Applied, merge_loras
     from wan_dist.io.safetensors_stream import DTYPES
 
     def applied(option: str, files: list[Path] | None, given: list[float] | None) -> list[Applied]:
-        strengths = _one_each(option, files or [], given or [1.0])
-        return [Applied(path, sign * strength) for path, strength in zip(files or [], strengths, strict=True)]
+        return [Applied(path, sign * strength) for path, strength in with_strengths(option, files, given)]
 
     loras = {"transformer": applied("--multiplier", *high), "transformer_2": applied("--multiplier-low", *low)}
     max_shard_bytes = bytes_of(max_shard_size, "--max-shard-size")
@@ -194,13 +194,3 @@ def _merge(
         kept = DTYPES[dtype] if dtype else None
         merge_loras(base, out, loras, dtype=kept, max_shard_bytes=max_shard_bytes, progress=progress)
     typer.echo(out)
-
-
-def _one_each(option: str, files: list[Path], given: list[float]) -> list[float]:
-    from wan_dist.core.errors import ConfigError
-
-    if len(given) == 1:
-        return given * len(files)
-    if len(given) != len(files):
-        raise ConfigError(f"{option}: {len(given)} values for {len(files)} files; give one for each, or one for all.")
-    return given

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wan_dist.cli import config, consolidate, generate, launch, lora, models, quickstart, train
+from wan_dist.cli import config, consolidate, embedding, generate, launch, lora, models, quickstart, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.add_typer(config.app, name="config")
 app.add_typer(models.app, name="models")
 app.add_typer(lora.app, name="lora")
+app.add_typer(embedding.app, name="embedding")
 app.command(epilog=quickstart.EPILOG)(quickstart.quickstart)
 app.command(epilog=train.EPILOG)(train.train)
 app.command(epilog=launch.EPILOG)(launch.launch)

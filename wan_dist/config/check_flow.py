@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from wan_dist.config.yaml_text import Problem
-from wan_dist.core.flow_matching import ResolutionShift
-from wan_dist.core.unit_distributions import MAX_MODE_SCALE
 from wan_dist.models.wan.variants import VARIANTS, WanVariant
 
 # Which sampling reads a key: elsewhere it would be ignored.
@@ -27,6 +25,8 @@ def flow_problems(values: Mapping[str, Any]) -> list[Problem]:
     """
     problems = _unread_keys(values)
     scale = values.get("flow.mode_scale", 0.0)
+    from wan_dist.core.unit_distributions import MAX_MODE_SCALE  # here: it imports torch, and --help must not
+
     if not -1.0 <= scale <= MAX_MODE_SCALE:
         text = f"flow.mode_scale = {scale} is not in [-1, {MAX_MODE_SCALE:.4f}]; use for example 1.29."
         problems.append(Problem(("flow", "mode_scale"), text))
@@ -90,6 +90,8 @@ def _shift_problems(values: Mapping[str, Any]) -> list[Problem]:
         return [Problem(path, text)]
     if not points:
         return []
+    from wan_dist.core.flow_matching import ResolutionShift  # here: it imports torch, and --help must not
+
     try:
         resolution = ResolutionShift(rule, tuple((int(tokens), float(value)) for tokens, value in points))
         for num_tokens in _tokens_of_buckets(values):

@@ -281,6 +281,9 @@ def test_one_expert_of_a_file_with_both(tmp_path: Path) -> None:
     one = lora_file(tmp_path / "one.safetensors", {k: v for k, v in tensors.items() if k.startswith("transformer_2")})
     with pytest.raises(ModelError, match="is for transformer_2, not for transformer"):
         read_lora(one, "transformer")
+    weights = trained_lora(targets="qv").weights
+    file = write(tmp_path / "low.safetensors", weights, "diffusers")  # says `transformer.`, as diffusers wants it
+    assert read_lora(file, "transformer_2").modules["blocks.0.attn1.to_q"].alpha == ALPHA
 
 
 def test_headers_say_what_the_tensors_hold() -> None:
