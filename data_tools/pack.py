@@ -45,8 +45,11 @@ def pack(
         bool, typer.Option("--restart", help="Delete what OUT holds of an earlier, different pack.")
     ] = False,
     verify: Annotated[
-        Literal["probe", "decode"],
-        typer.Option(rich_help_panel=_CHECKS, help="Read all packets and one frame, or decode every frame."),
+        Literal["none", "probe", "decode"],
+        typer.Option(
+            rich_help_panel=_CHECKS,
+            help="none believes headers; probe reads all packets and one frame; decode decodes every frame.",
+        ),
     ] = "probe",
     salvage: Annotated[
         bool, typer.Option("--salvage", rich_help_panel=_CHECKS, help="Keep the whole frames before a clip's damage.")
@@ -61,6 +64,9 @@ def pack(
     ] = None,
     deinterlace: Annotated[
         bool, typer.Option("--deinterlace", rich_help_panel=_CUTS, help="Encode interlaced clips without combs.")
+    ] = False,
+    tonemap: Annotated[
+        bool, typer.Option("--tonemap", rich_help_panel=_CUTS, help="Encode HDR (PQ, HLG) clips in BT.709.")
     ] = False,
     scene_split: Annotated[
         bool, typer.Option("--scene-split", rich_help_panel=_CUTS, help="Cut where the scene changes (PySceneDetect).")
@@ -97,6 +103,7 @@ def pack(
         salvage=salvage,
         transcode=transcode,
         deinterlace=deinterlace,
+        tonemap=tonemap,
         scene_split=scene_split,
         max_clip_s=max_clip_seconds,
         min_seconds=min_seconds,

@@ -30,6 +30,9 @@ FORMATS: Final = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,png_pipe,jpeg
 MAX_PIXELS: Final = 40_000_000
 """Largest frame that is decoded, px: a little over 8K (7680x4320). A 17.7 kB file can ask for 600 MB otherwise."""
 
+_FIRST_PACKETS: Final = 32
+"""More than any decoder holds back before the first frame comes out."""
+
 Source = Path | bytes | FileSpan
 """A file, its bytes, or a part of a file."""
 
@@ -152,6 +155,31 @@ def read_timeline(
     if video.time_base is None:
         raise MediaError("no_timestamps", "the stream has no time base; remux to mp4")
     return Timeline(ordered, np.sort(np.array(keys, np.int64)), video.time_base)
+
+
+def promised_timeline(
+    container: InputContainer, video: VideoStream, on_packet: Callable[[Packet], None] = lambda _: None
+) -> Timeline | None:
+    """Return the time line that the header promises, evenly spaced, after reading packets up to the first frame.
+
+    None where the header says too little, as Matroska's and MPEG-TS's do.
+
+    Args:
+        container: as opened.
+        video: its video stream.
+        on_packet: given the packets of the first frames.
+    """
+    count = max(len(video.index_entries), video.frames)
+    if is_image(container) or not count or "matroska" in container.format.name:
+        return None
+    if not video.average_rate or video.time_base is None:
+        return None
+    for number, packet in enumerate(container.demux(video)):
+        on_packet(packet)
+        if number > _FIRST_PACKETS:
+            break
+    step = max(1, round(1 / (video.average_rate * video.time_base)))
+    return Timeline(np.arange(count, dtype=np.int64) * step, np.zeros(1, np.int64), video.time_base)
 
 
 def display_size(width: int, height: int, sample_aspect: Fraction, rotation: int) -> tuple[int, int]:

@@ -38,6 +38,11 @@ def finish(
     if not num_clips:
         reasons = ", ".join(f"{count} {code}" for code, count in by_code.items())
         first = rejects[0]
+        # Whoever mends the clips begins anew, and empty shards look like a data set.
+        for shard in shards:
+            for name in (shard.entry.name, shard.entry.index_name):
+                (out_dir / name).unlink(missing_ok=True)
+        (out_dir / JOURNAL_NAME).unlink(missing_ok=True)
         raise DataError(
             f"{out_dir}: every clip was rejected ({reasons}), so there is nothing to train on. First: {first.path}: "
             f"{first.hint}. All are in {out_dir / REJECTS_NAME}."

@@ -7,7 +7,7 @@ import av
 
 from wan_dist.core.errors import ConfigError
 
-Verify = Literal["probe", "decode"]
+Verify = Literal["none", "probe", "decode"]
 
 TRANSCODE_SIZES: Final[dict[str, tuple[int, int]]] = {"480p": (832, 480), "720p": (1280, 720)}
 """Official WAN sizes, px. A transcoded clip still covers every bucket of that area, whatever its aspect."""
@@ -21,10 +21,12 @@ class ClipRules:
     """How clips are checked, cut and filtered.
 
     Attributes:
-        verify: `probe` reads all packets and decodes the first frame, `decode` decodes every frame.
+        verify: `none` decodes the first frame and believes the file's header for the rest, `probe` reads all packets
+            too, `decode` decodes every frame.
         salvage: keep the whole frames before the first damage of a clip, encoded again.
         transcode: a key of `TRANSCODE_SIZES`: encode again as H.264, scaled down to just cover that size.
         deinterlace: encode interlaced clips again, without the combs.
+        tonemap: encode clips of high dynamic range again, in the standard range.
         scene_split: cut clips where the scene changes.
         max_clip_s: cut clips into equal parts no longer than this, seconds.
         min_seconds: leave out shorter clips, seconds.
@@ -38,6 +40,7 @@ class ClipRules:
     salvage: bool = False
     transcode: str | None = None
     deinterlace: bool = False
+    tonemap: bool = False
     scene_split: bool = False
     max_clip_s: float | None = None
     min_seconds: float | None = None
@@ -67,7 +70,7 @@ class ClipRules:
         defaults = ClipRules()
         changed = {f.name: getattr(self, f.name) for f in fields(self)}
         record = {name: value for name, value in changed.items() if value != getattr(defaults, name)}
-        if self.splits or self.transcode or self.salvage or self.deinterlace:
+        if self.splits or self.transcode or self.salvage or self.deinterlace or self.tonemap:
             record["encoder"] = f"PyAV {av.__version__}, FFmpeg {av.ffmpeg_version_info}, rules {TRANSCODE_RULES}"
         return record
 

@@ -23,6 +23,9 @@ from wan_dist.data.transcode import Segment, transcode
 SALVAGEABLE: Final = ("truncated", "corrupt", "missing_frames", "resolution_change", "repeated_timestamps")
 """Reasons before which whole frames may lie."""
 
+_LENGTH_SLACK_S: Final = 0.1
+"""A clip this near to the longest length may have to be cut; its stamps decide."""
+
 MIN_FREE_BYTES: Final = 1 << 16
 """With less room than this on the disk for encoded clips, a failure is the disk's."""
 
@@ -103,7 +106,7 @@ def _check_room(work_dir: Path) -> None:
 
 
 def _prepare(source: Source, name: str, rules: ClipRules, work_dir: Path, tick: Callable[[], None]) -> Prepared:
-    found = probe_clip(source, name)
+    found = probe_clip(source, name, allow_hdr=rules.tonemap, trust_header=rules.verify == "none")
     salvaged = isinstance(found, Reject)
     if isinstance(found, Reject):
         if not (rules.salvage and found.code in SALVAGEABLE):
@@ -121,18 +124,32 @@ def _prepare(source: Source, name: str, rules: ClipRules, work_dir: Path, tick: 
             raise seen.problem
         salvaged = salvaged or seen.problem is not None
         frames = _Frames(seen.pts, seen.time_base, seen.cuts, seen.thumbs)
+    elif isinstance(found, ClipInfo) and not _may_be_encoded(found, rules):
+        return _filtered([Piece(piece_suffix(0) if rules.splits else "", found)], name, rules)
     else:
         frames = _Frames(*_stamps(source))
     ranges = _cut(frames, rules)
     encode = bool(salvaged or rules.transcode or len(ranges) > 1)
     if not encode and isinstance(found, ClipInfo):
-        encode = rules.deinterlace and "interlaced" in found.warnings
+        encode = _needs_mending(found, rules)
     if not encode:
         assert isinstance(found, ClipInfo)
         return _filtered(
             [Piece(piece_suffix(0) if rules.splits else "", _marked(found, frames, ranges[0]))], name, rules
         )
-    return _encoded(source, name, frames, ranges, rules, work_dir, salvaged, tick)
+    marks = ("salvaged",) if salvaged else ()
+    marks += ("tone_mapped",) if isinstance(found, ClipInfo) and "tone_mapped" in found.warnings else ()
+    return _encoded(source, name, frames, ranges, rules, work_dir, marks, tick)
+
+
+def _may_be_encoded(info: ClipInfo, rules: ClipRules) -> bool:
+    """Whether stamps are needed: they cost as much as all the rest of a probe."""
+    too_long = rules.max_clip_s is not None and info.duration_s > rules.max_clip_s - _LENGTH_SLACK_S
+    return bool(rules.transcode) or too_long or _needs_mending(info, rules)
+
+
+def _needs_mending(info: ClipInfo, rules: ClipRules) -> bool:
+    return (rules.deinterlace and "interlaced" in info.warnings) or "tone_mapped" in info.warnings
 
 
 def _stamps(source: Source) -> tuple[NDArray[np.int64], Fraction]:
@@ -167,7 +184,7 @@ def _encoded(
     ranges: list[tuple[int, int]],
     rules: ClipRules,
     work_dir: Path,
-    salvaged: bool,
+    marks: tuple[str, ...],
     tick: Callable[[], None],
 ) -> Prepared:
     """Encode each part into a file of its own, and probe what came out."""
@@ -177,7 +194,7 @@ def _encoded(
         for (first, last), file in zip(ranges, files, strict=True)
     ]
     cover = TRANSCODE_SIZES[rules.transcode] if rules.transcode else None
-    transcode(source, parts, cover=cover, deinterlace=rules.deinterlace, tick=tick)
+    transcode(source, parts, cover=cover, deinterlace=rules.deinterlace, tonemap=rules.tonemap, tick=tick)
     pieces: list[Piece] = []
     for number, ((first, last), file) in enumerate(zip(ranges, files, strict=True)):
         info = probe_clip(file, name)
@@ -185,8 +202,7 @@ def _encoded(
             found = info.hint if isinstance(info, Reject) else f"{info.num_frames} frames"
             raise MediaError("transcode_failed", f"{last - first + 1} frames became: {found}; transcode it yourself")
         info = _marked(info, frames, (first, last))
-        if salvaged:
-            info = replace(info, warnings=("salvaged", *info.warnings))
+        info = replace(info, warnings=(*marks, *info.warnings))
         start_s = float((frames.pts[first] - frames.pts[0]) * frames.time_base)
         pieces.append(Piece(piece_suffix(number) if rules.splits else "", info, str(file), start_s))
     return _filtered(pieces, name, rules)

@@ -19,12 +19,11 @@ from wan_dist.data.media import (
     display_size,
     is_image,
     open_media,
+    promised_timeline,
     read_timeline,
     sample_aspect,
 )
-
-_HDR_TRANSFERS: Final = {16: "PQ", 18: "HLG"}
-"""FFmpeg's AVColorTransferCharacteristic numbers of high dynamic range. Source: ITU-T H.273, table 3."""
+from wan_dist.data.tonemap import TRANSFERS
 
 MIN_SIDE_PX: Final = 16
 MAX_ASPECT: Final = 16
@@ -38,6 +37,7 @@ WARNINGS: Final[dict[str, str]] = {
     "time_gap": "has a hole in its time line; a training frame rate that falls into it leaves the clip out",
     "static": "nothing moves in it; --drop-static leaves such clips out",
     "black": "it is black; --drop-black leaves such clips out",
+    "tone_mapped": "high dynamic range, mapped to BT.709; look at it with `wan-data preview`",
     "salvaged": "only the whole frames before its damage were kept",
     "long_caption": "its caption is cut at 512 tokens in training; shorten it",
     "same_content": "another clip has the same bytes; --drop-duplicates keeps only the first",
@@ -88,7 +88,7 @@ class Reject:
     hint: str
 
 
-def probe_clip(source: Source, name: str) -> ClipInfo | Reject:
+def probe_clip(source: Source, name: str, *, allow_hdr: bool = False, trust_header: bool = False) -> ClipInfo | Reject:
     """Return what the file holds, or why it cannot be used. Never raises on a bad file.
 
     All packets are read (1 to 15 ms per clip) and the first frame is decoded.
@@ -96,21 +96,24 @@ def probe_clip(source: Source, name: str) -> ClipInfo | Reject:
     Args:
         source: the file, or its bytes.
         name: how a `Reject` names it.
+        allow_hdr: return a video of high dynamic range with the warning `tone_mapped` instead of rejecting it.
+        trust_header: read no further than the first frame where the header says how many there are, and how fast.
     """
     try:
         with open_media(source) as (container, video):
             first = _FirstFrame(video)
-            timeline = read_timeline(container, video, first.look)
+            timeline = promised_timeline(container, video, first.look) if trust_header else None
+            timeline = timeline or read_timeline(container, video, first.look)
             warnings = _stream_warnings(container, timeline)
             aspect = sample_aspect(video)
             still = is_image(container)
             frame = next(iter(container.decode(video)), None) if still else first.get()
         if frame is None:
             raise MediaError("undecodable", "no frame comes out of the decoder; export it again")
-        _check_frame(frame)
+        hdr = _check_frame(frame, allow_hdr and not still)
         width, height = display_size(frame.width, frame.height, aspect, frame.rotation)
         _check_size(width, height)
-        warnings += _frame_warnings(frame)
+        warnings += _frame_warnings(frame) + (("tone_mapped",) if hdr else ())
     except MediaError as error:
         return Reject(error.code, name, error.hint)
     except FileNotFoundError:
@@ -145,14 +148,15 @@ class _FirstFrame:
         return self._frame
 
 
-def _check_frame(frame: VideoFrame) -> None:
+def _check_frame(frame: VideoFrame, allow_hdr: bool) -> bool:
+    """Return whether the frame has high dynamic range."""
     if frame.rotation % 90:
         raise MediaError("odd_rotation", f"turned by {frame.rotation} degrees; only quarter turns are known")
     if frame.is_corrupt:
         raise MediaError("undecodable", "its first frame is damaged; export it again")
-    if frame.color_trc in _HDR_TRANSFERS:
-        transfer = _HDR_TRANSFERS[frame.color_trc]
-        raise MediaError("hdr", f"{transfer} high dynamic range; tone-map it to BT.709 first")
+    if frame.color_trc in TRANSFERS and not allow_hdr:
+        raise MediaError("hdr", f"{TRANSFERS[frame.color_trc]} high dynamic range; pack with --tonemap")
+    return frame.color_trc in TRANSFERS
 
 
 def _check_size(width: int, height: int) -> None:

@@ -4,8 +4,9 @@ One thread and fixed settings, so that the same input gives the same bytes with 
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,10 +16,12 @@ import av
 from av.error import FFmpegError
 from av.filter import Graph
 from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
 from wan_dist.data.examine import decode_strictly
 from wan_dist.data.media import MediaError, Source, display_size, open_media, sample_aspect
+from wan_dist.data.tonemap import TRANSFERS, write_table
 
 ENCODER_OPTIONS: Final[dict[str, object]] = {"crf": "18", "preset": "veryfast", "g": "48", "bf": "0"}
 """Near transparent, fast, with a keyframe at least every 48 frames so that random windows decode little. No B-frames:
@@ -63,6 +66,7 @@ def transcode(
     *,
     cover: tuple[int, int] | None = None,
     deinterlace: bool = False,
+    tonemap: bool = False,
     tick: Callable[[], None] = lambda: None,
 ) -> None:
     """Encode parts of a video into files, with exactly the frames of each part.
@@ -72,6 +76,7 @@ def transcode(
         parts: where each part lies and the mp4 that it becomes, in order and not overlapping.
         cover: width and height in px that the clip is scaled down to cover; None keeps the size.
         deinterlace: remove the combs of interlaced frames (bwdif).
+        tonemap: bring high dynamic range to the standard one.
         tick: called after every frame, as a sign of life.
     Raises:
         MediaError: the clip is damaged inside a part, or cannot be encoded.
@@ -81,7 +86,8 @@ def transcode(
         waiting = iter(parts)
         part = next(waiting, None)
         try:
-            for frame in _shaped(source, cover, deinterlace, parts[-1][0].last_pts):
+            table = stack.enter_context(_tone_table()) if tonemap else None
+            for frame in _shaped(source, cover, deinterlace, table, parts[-1][0].last_pts):
                 tick()
                 pts = frame.pts or 0
                 while part is not None and pts > part[0].last_pts:
@@ -127,14 +133,23 @@ class _Output:
         self._container.close()
 
 
-def _shaped(source: Source, cover: tuple[int, int] | None, deinterlace: bool, last_pts: int) -> Iterator[VideoFrame]:
+@contextmanager
+def _tone_table() -> Iterator[Path]:
+    """Yield where a table may be written."""
+    with tempfile.TemporaryDirectory(prefix="wan-data-") as folder:
+        yield Path(folder) / "table.cube"
+
+
+def _shaped(
+    source: Source, cover: tuple[int, int] | None, deinterlace: bool, table: Path | None, last_pts: int
+) -> Iterator[VideoFrame]:
     """Yield frames in their new shape, with their old stamps in the old time base."""
     with open_media(source) as (_, video):
         aspect, time_base = sample_aspect(video), video.time_base
     assert time_base is not None
     graph: Graph | None = None
     for frame in decode_strictly(source):
-        graph = graph or _graph(frame, time_base, aspect, cover, deinterlace)
+        graph = graph or _graph(frame, time_base, aspect, cover, deinterlace, table)
         graph.push(frame)
         yield from _drained(graph, time_base)
         # Not one frame further: it may be the damaged one.
@@ -146,26 +161,53 @@ def _shaped(source: Source, cover: tuple[int, int] | None, deinterlace: bool, la
 
 
 def _graph(
-    frame: VideoFrame, time_base: Fraction, aspect: Fraction, cover: tuple[int, int] | None, deinterlace: bool
+    frame: VideoFrame,
+    time_base: Fraction,
+    aspect: Fraction,
+    cover: tuple[int, int] | None,
+    deinterlace: bool,
+    table: Path | None,
 ) -> Graph:
     width, height = scaled_size(*display_size(frame.width, frame.height, aspect, frame.rotation), cover)
     stored = (height, width) if frame.rotation % 180 else (width, height)
     alpha = any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8"
     graph = Graph()
     graph.threads = 1
-    steps: list[tuple[str, str]] = []
+    steps: list[tuple[str, str | dict[str, str]]] = []
     if deinterlace:
         steps.append(("bwdif", "mode=send_frame:deint=interlaced"))
     if alpha:  # over black: colours times opacity
         steps += [("format", "rgba"), ("premultiply", "inplace=1")]
-    steps += [("scale", f"{stored[0]}:{stored[1]}:flags=bicubic"), *_TURNS[frame.rotation % 360]]
-    steps += [("format", "yuv420p"), ("setsar", "1")]
+    scale = f"{stored[0]}:{stored[1]}:flags=bicubic"
+    if table is not None and frame.color_trc in TRANSFERS:
+        steps += _tone_steps(frame, scale, table)
+    else:
+        steps += [("scale", scale)]
+    steps += [*_TURNS[frame.rotation % 360], ("format", "yuv420p"), ("setsar", "1")]
     nodes: list[Any] = [
         graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
     ]
-    nodes += [graph.add(name, arguments or None) for name, arguments in steps]
+    nodes += [
+        graph.add(name, **arguments) if isinstance(arguments, dict) else graph.add(name, arguments or None)
+        for name, arguments in steps
+    ]
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()
     return graph
+
+
+def _tone_steps(frame: VideoFrame, scale: str, table: Path) -> list[tuple[str, str | dict[str, str]]]:
+    """Return the filters that bring a frame of high dynamic range to BT.709, and write their table."""
+    write_table(table, TRANSFERS[frame.color_trc])
+    stored_range = "full" if frame.color_range == ColorRange.JPEG else "limited"
+    return [
+        ("scale", f"{scale}:in_color_matrix=bt2020:in_range={stored_range}"),
+        ("format", "gbrp16le"),
+        # As keywords: a path may hold what separates arguments.
+        ("lut3d", {"file": str(table), "interp": "tetrahedral"}),
+        ("scale", "out_color_matrix=bt709:out_range=limited"),
+        ("format", "yuv420p"),
+        ("setparams", "color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"),
+    ]
 
 
 def _drained(graph: Graph, time_base: Fraction) -> Iterator[VideoFrame]:

@@ -234,3 +234,34 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path: Path, taken_
     assert "Traceback" not in done.stderr
     assert ".tar" not in done.stderr.splitlines()[-1]
     assert not {"data-000000.tar", "manifest.json"} & set(done.stderr.split())
+
+
+def test_without_verifying_headers_are_believed(tmp_path: Path) -> None:
+    clips = folder_of_clips(tmp_path / "clips", ["a", "b"])
+    write_clip(clips / "turned.mkv", 12, rotation=90)
+    write_clip(clips / "cut.mp4", 60, container_options={"movflags": "faststart"})
+    content = (clips / "cut.mp4").read_bytes()
+    (clips / "cut.mp4").write_bytes(content[: int(len(content) * 0.8)])
+    for name in ("turned", "cut"):
+        (clips / f"{name}.txt").write_text(name)
+    pack_clips(clips, tmp_path / "probed")
+    pack_clips(clips, tmp_path / "believed", rules=ClipRules(verify="none"))
+    probed, believed = samples(tmp_path / "probed"), samples(tmp_path / "believed")
+    # Whole clips are described alike, the stamps of mkv included, which has no count in its header.
+    for path in probed:
+        assert believed[path] == probed[path]
+    assert set(believed) - set(probed) == {"cut"}
+    assert believed["cut"][0]["num_frames"] == 60
+
+
+def test_a_pack_of_rejects_only_leaves_no_shards(tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "a.mp4").write_bytes(b"")
+    (clips / "a.txt").write_text("nothing")
+    with pytest.raises(DataError, match="every clip was rejected"):
+        pack_clips(clips, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {LOCK_NAME, "plan.json", "rejects.jsonl"}
+    # Mended, the same command goes through.
+    write_clip(clips / "a.mp4", 12)
+    assert pack_clips(clips, tmp_path / "out", restart=True).num_clips == 1
