@@ -30,6 +30,7 @@ def main(config: str, out: str) -> None:
     settings = build.deepspeed_settings(cfg, ranks, steps_per_rank)
     (expert,) = build.build_experts(cfg, variant, settings, ranks)
     engine, objective = expert.engine, expert.objective
+    _fill_adapters(engine.module)
     _, micro_batches = next(batches.steps(0, 0))
     losses, positions = [], []
     for number, batch in enumerate(micro_batches):
@@ -41,15 +42,33 @@ def main(config: str, out: str) -> None:
         positions += [(batch.bucket, p) for p in batch.positions]
     result = {"losses": torch.tensor(losses, dtype=torch.float64), "positions": torch.tensor(positions)}
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         gradient, weight = safe_get_full_grad(parameter), safe_get_full_fp32_param(parameter)
         assert gradient is not None, name
         assert weight is not None, name
         result[f"grad.{name}"], result[f"weight.{name}"] = gradient.clone(), weight.clone()
-    result["rope"] = _bf16_rope(cfg, variant, ranks, build)
+    if cfg.method.kind == "full":
+        result["rope"] = _bf16_rope(cfg, variant, ranks, build)
     save_file(result, f"{out}.rank{ranks.rank}.safetensors")
     batches.close()
     dist.barrier()
     dist.stop()
+
+
+def _fill_adapters(module) -> None:
+    """Give the adapters' B numbers: it starts as zero, which would hide them."""
+    from deepspeed import zero
+
+    for name, parameter in module.named_parameters():
+        if ".lora_B." in name:
+            with zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(filled(parameter.shape))
+
+
+def filled(shape: torch.Size) -> torch.Tensor:
+    """Numbers for an adapter's B, the same on every rank and in the test."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.1
 
 
 def _bf16_rope(cfg, variant, ranks, build) -> torch.Tensor:
