@@ -143,6 +143,9 @@ def _stage_problems(values: Mapping[str, Any]) -> list[Problem]:
     if values.get("train.offload_hidden_states") and values.get("train.gradient_checkpointing") == "none":
         text = "train.offload_hidden_states: train.gradient_checkpointing = none keeps no such inputs; use block."
         return [Problem(("train", "offload_hidden_states"), text)]
+    if stage == 0 and values.get("model.dtype", "bf16") == "bf16":
+        text = "parallel.zero_stage = 0: DeepSpeed has no fp32 masters for bf16 weights there; use 1 to 3, or fp32."
+        return [Problem(("parallel", "zero_stage"), text)]
     needed = {"offload_param": 3, "offload_optimizer": 1}
     return [
         Problem(

@@ -1,5 +1,6 @@
 """The training loop: one step, and the steps of a run."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,11 +97,13 @@ def train_step(expert: Expert, batches: Iterable[Batch], *, lr: float) -> StepRe
     sigma: list[Tensor] = []
     keys: list[str] = []
     num_tokens, waited_s = 0, 0.0
+    unpartitioned: float | None = None
     for batch in batches:
         waited_s += time.perf_counter() - clock
         with expert.context():
             terms = expert.objective.loss(expert.forward, batch)
             engine.backward(terms.loss)
+        unpartitioned = norm_without_zero(engine)
         engine.step()  # updates on the last micro-batch only
         losses.append(terms.loss.detach())
         sample_losses.append(terms.sample_losses)
@@ -114,15 +117,32 @@ def train_step(expert: Expert, batches: Iterable[Batch], *, lr: float) -> StepRe
         loss=torch.stack(losses).mean(),
         sample_losses=torch.cat(sample_losses),
         sigma=torch.cat(sigma),
-        grad_norm=engine.get_global_grad_norm(),
+        grad_norm=engine.get_global_grad_norm() if unpartitioned is None else unpartitioned,
         lr=lr,
         keys=tuple(keys),
         num_tokens=num_tokens,
         data_wait_s=waited_s,
         step_s=time.perf_counter() - started,
         # Every rank sees the same norm, so every rank skips: DeepSpeed decides it before it updates anything.
-        skipped=bool(getattr(engine.optimizer, "overflow", False)),
+        skipped=bool(getattr(engine.optimizer, "overflow", False)) or unpartitioned == math.inf,
     )
+
+
+def norm_without_zero(engine: Any) -> float | None:
+    """Return the gradient norm where nothing is partitioned, None elsewhere; infinite gradients are dropped.
+
+    With ZeRO stage 0 DeepSpeed neither tells the norm nor looks for what is not finite. The gradients are the mean over
+    the ranks by now, so that every rank drops the same ones, and without a gradient the optimizer moves nothing.
+    """
+    if engine.zero_optimization_stage() != 0 or not engine.is_gradient_accumulation_boundary():
+        return None
+    trained = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    if math.isfinite(norm):
+        return norm
+    for parameter in trained:
+        parameter.grad = None
+    return math.inf
 
 
 def train(
