@@ -105,7 +105,20 @@ def test_tensorboard_and_metrics_hold_every_step(straight: Job) -> None:
     points = events.Scalars("train/loss")
     assert [p.step for p in points] == [1, 2, 3, 4]
     assert [p.value for p in points] == pytest.approx([row["loss"] for row in rows])
-    assert {"train/grad_norm", "train/lr", "train/step_s", "train/data_wait_s"} <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    assert {f"train/{n}" for n in ("grad_norm", "lr", "step_s", "data_wait_s", "tokens_per_s", "loss_smooth")} <= tags
+    assert {"loss_by_expert/transformer", "lr_by_component/transformer"} <= tags
+    assert any(tag.startswith("loss_by_sigma/0.9") for tag in tags)
+    smooth = rows[0]["loss"]
+    for row in rows:
+        # One step per row: its loss is the mean over its samples, of all deciles together.
+        assert row["loss_by_expert"]["transformer"] == pytest.approx(row["loss"])
+        smooth = 0.98 * smooth + 0.02 * row["loss"]
+        assert row["loss_smooth"] == pytest.approx(smooth)
+        # 4 samples of 3 x 2 x 2 tokens.
+        assert row["tokens_per_s"] == pytest.approx(48 / row["step_s"])
+        assert row["host_memory_gib"] > 0.1
+        assert "mfu" not in row  # no peak is known of a CPU
 
 
 def test_only_rank_0_reports_and_results_stay_apart(straight: Job) -> None:

@@ -308,6 +308,14 @@ class LogConfig(Section):
 
     every: int = Field(default=10, gt=0, description="Steps between lines, TensorBoard points and metrics.jsonl rows.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events into the run folder.")
+    wandb_project: str | None = Field(
+        default=None, min_length=1, description="Report to this wandb project too; WANDB_MODE=offline keeps it local."
+    )
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak of one device for MFU, TFLOP/s; null takes a known GPU's bf16 peak.",
+    )
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Log level of rank 0.")
 
 

@@ -26,12 +26,13 @@ from wan_dist.train.build_flow import sigma_sampler
 from wan_dist.train.embedding import COMPONENT, build_embedding_engine
 from wan_dist.train.engines import DTYPES, build_engine, component_of, deepspeed_settings, method_record
 from wan_dist.train.experts import Expert, ExpertDraw, check_agreement, expert_names, sigma_range
-from wan_dist.train.hooks import CheckpointHook, ReportHook, SkipHook
+from wan_dist.train.hooks import CheckpointHook, SkipHook
 from wan_dist.train.loop import TrainState, train
 from wan_dist.train.objective import Objective
 from wan_dist.train.objective_options import objective_options
 from wan_dist.train.optimizers import check_extra
 from wan_dist.train.schedules import ScheduleShape, learning_rate
+from wan_dist.train.watching import check_watching, open_reports
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     check_paths(cfg)
     method = _check_transformers(cfg)
     check_extra(cfg.optim.name, cfg.optim.options)
+    check_watching(cfg)
     num_accumulated = accumulation(cfg, ranks.world_size)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
@@ -121,14 +123,7 @@ def _run(
 ) -> None:
     """Train from `state`, advanced in place, to the end or until told to stop, and save."""
     run_dir = Path(cfg.run_dir)
-    reports = ReportHook(
-        run_dir,
-        ranks,
-        every=cfg.log.every,
-        num_steps=cfg.train.num_steps,
-        tensorboard=cfg.log.tensorboard,
-        on_step=on_step,
-    )
+    reports = open_reports(cfg, ranks, component_names(cfg), on_step)
     saves = CheckpointHook(
         engines_of(experts),
         checkpoints_dir(run_dir),
