@@ -97,7 +97,7 @@ class ShardSet:
 
     store: Store
     manifest: Manifest
-    rebuilt: Mapping[int, NDArray[Any]] = field(default_factory=dict)
+    rebuilt: dict[int, NDArray[Any]] = field(default_factory=dict)
     _recent: "_RecentIndexes" = field(default_factory=lambda: _RecentIndexes(), repr=False, compare=False)
 
     @property
@@ -142,6 +142,10 @@ class ShardSet:
                 rows = np.load(self.store.folder / entry.index_name, mmap_mode="r", allow_pickle=False)
             else:
                 rows = np.load(io.BytesIO(read_whole(self.store, entry.index_name)), allow_pickle=False)
+        except FileNotFoundError:
+            from wan_dist.data.reindex import restore_index
+
+            rows = self.rebuilt[shard] = restore_index(self.store, entry)
         except (OSError, ValueError) as error:
             raise DataError(f"{file}: not a readable index ({error}); copy it again or pack again.") from error
         if rows.dtype != INDEX_DTYPE or rows.shape != (entry.num_clips,):
@@ -189,7 +193,7 @@ def open_shards(where: Path | str, cache: CacheLimits | None = None) -> ShardSet
     """Return the shards of a folder or URL after comparing what is there with the manifest.
 
     A missing index is made anew from its shard. Of remote shards only the manifest is read here; each one's size is
-    compared when it is first read.
+    compared, and a missing index made, when it is first read.
 
     Args:
         where: folder or URL of what `wan-data pack` or `wan-data index` wrote.
@@ -212,7 +216,7 @@ def open_shards(where: Path | str, cache: CacheLimits | None = None) -> ShardSet
     from wan_dist.data.reindex import check_stale, restore_index
 
     missing = {n: s for n, s in enumerate(manifest.shards) if not (store.folder / s.index_name).exists()}
-    shards = ShardSet(store, manifest, {n: restore_index(store.folder, s) for n, s in missing.items()})
+    shards = ShardSet(store, manifest, {n: restore_index(store, s) for n, s in missing.items()})
     check_stale(shards)
     return shards
 

@@ -30,7 +30,7 @@ from wan_dist.data.probe import ClipInfo, Reject
 from wan_dist.data.probe_worker import Prober
 from wan_dist.data.reader import CAPTION_KEYS, locate, read_member
 from wan_dist.data.shard_format import write_file
-from wan_dist.data.stores import StoredFile
+from wan_dist.data.stores import LocalStore, Store, StoredFile
 from wan_dist.data.tar_walk import TarMember, TarSample, index_key, split_name, walk_tar
 
 logger = logging.getLogger(__name__)
@@ -43,14 +43,14 @@ FOREIGN_PLAN: Final = "foreign"
 """`plan_digest` of a manifest that `wan-data index` made."""
 
 
-def index_tar(path: Path, on_sample: Callable[[], None] = lambda: None) -> tuple[bytes, list[Reject]]:
+def index_tar(tar: Path | StoredFile, on_sample: Callable[[], None] = lambda: None) -> tuple[bytes, list[Reject]]:
     """Return the index file of any tar, and the samples that were left out of it.
 
     Every byte is read once, for the checksums. What packing wrote about a clip is believed; other clips are probed in
     a process of their own.
 
     Args:
-        path: an uncompressed tar.
+        tar: an uncompressed tar, here or in a store.
         on_sample: called after each sample.
     Raises:
         DataError: it is no whole tar, or two samples share a key.
@@ -58,18 +58,18 @@ def index_tar(path: Path, on_sample: Callable[[], None] = lambda: None) -> tuple
     rows: list[tuple[Any, ...]] = []
     rejects: list[Reject] = []
     keys: set[bytes] = set()
-    with Prober() as prober, path.open("rb") as stream:
+    file = StoredFile(LocalStore(tar.parent), tar.name) if isinstance(tar, Path) else tar
 
-        def content(member: TarMember) -> bytes:
-            stream.seek(member.offset)
-            return stream.read(member.size)
+    def content(member: TarMember) -> bytes:
+        return file.read_range(member.offset, member.size)
 
-        for sample in walk_tar(path, checksums=True):
-            found = _row(sample, content, prober, f"{path.name}: {sample.key}")
+    with Prober() as prober:
+        for sample in walk_tar(tar, checksums=True):
+            found = _row(sample, content, prober, f"{file.name}: {sample.key}")
             if isinstance(found, Reject):
                 rejects.append(found)
             elif found[0] in keys:
-                raise DataError(f"{path}: two samples have the key {sample.key}; rename one and make the tar again.")
+                raise DataError(f"{tar}: two samples have the key {sample.key}; rename one and make the tar again.")
             else:
                 keys.add(found[0])
                 rows.append(found)
@@ -128,24 +128,28 @@ def index_folder(folder: Path, on_shard: Callable[[int, int], None] = lambda _do
     return manifest
 
 
-def restore_index(folder: Path, entry: ShardEntry) -> NDArray[Any]:
-    """Return the index of a shard that lost it, made from its headers and written back where that is possible.
+def restore_index(store: Store, entry: ShardEntry) -> NDArray[Any]:
+    """Return the index of a shard that lost it, made from the shard and written back where that is possible.
+
+    Every byte of the shard is read, because the index holds checksums: of a remote one, all of it comes once.
 
     Raises:
         DataError: the shard is not the one in the manifest any more.
+        StorageError: its storage cannot be reached.
     """
-    path = folder / entry.name
-    logger.warning("%s: %s is missing; making it anew from the shard", folder, entry.index_name)
+    path = StoredFile(store, entry.name)
+    logger.warning("%s: %s is missing; making it anew from the shard", store.name, entry.index_name)
     content, _ = index_tar(path)
     if len(content) != entry.index_bytes or hashlib.sha256(content).hexdigest() != entry.index_sha256:
         raise DataError(
             f"{path}: {entry.index_name} is missing, and the one made anew differs from {MANIFEST_NAME}: the shard "
             "was changed or another version packed it; copy the folder again or pack again."
         )
-    try:
-        write_file(folder / entry.index_name, content)
-    except OSError as error:
-        logger.warning("%s: cannot be written (%s); kept in memory", folder / entry.index_name, error)
+    if isinstance(store, LocalStore):
+        try:
+            write_file(store.folder / entry.index_name, content)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s); kept in memory", store.folder / entry.index_name, error)
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 

@@ -1,15 +1,19 @@
 """Where shards lie: a local folder, a web server, or object storage. All of them give byte ranges by name."""
 
 import errno
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import IO, Any, Final, Protocol, cast
 
 from wan_dist.core.errors import DataError, StorageError
 
 FSSPEC_SCHEMES: Final = ("s3", "gs", "gcs", "hf", "file", "memory")
 SCHEMES: Final = ("http", "https", *FSSPEC_SCHEMES)
+
+
+_READ_AHEAD_BYTES: Final = 4 << 20
 
 
 class Store(Protocol):
@@ -62,6 +66,44 @@ class StoredFile:
             return self.store.read_range(self.name, offset, size)
         except OSError as error:
             raise DataError(f"{self}: {error.strerror or error}; check the disk and the path.") from error
+
+
+def open_stream(file: StoredFile) -> IO[bytes]:
+    """Return a file as a seekable stream; a remote one is read 4 MiB at a time.
+
+    Raises:
+        OSError: there is none.
+        StorageError: its store cannot be reached.
+    """
+    if isinstance(file.store, LocalStore):
+        return (file.store.folder / file.name).open("rb")
+    raw = _RemoteStream(file, file.store.size(file.name))
+    return cast(IO[bytes], io.BufferedReader(raw, _READ_AHEAD_BYTES))
+
+
+class _RemoteStream(io.RawIOBase):
+    def __init__(self, file: StoredFile, size: int) -> None:
+        self._file, self._size, self._position = file, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = (0, self._position, self._size)[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        data = self._file.read_range(self._position, wanted) if wanted > 0 else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 class LocalStore:

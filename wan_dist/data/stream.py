@@ -6,7 +6,6 @@ Each rank reads its own shards in its own order; `wan-data index` or `wan-data p
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, cast
+from typing import IO, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +27,11 @@ from wan_dist.data.probe import ClipInfo, Reject
 from wan_dist.data.probe_worker import Prober
 from wan_dist.data.reader import CAPTION_KEYS
 from wan_dist.data.reindex import media_extension, probe_bytes
-from wan_dist.data.stores import StoredFile, is_remote, open_store
+from wan_dist.data.stores import StoredFile, is_remote, open_store, open_stream
 
 logger = logging.getLogger(__name__)
 
 SHUFFLE_SAMPLES: Final = 256
-_READ_AHEAD_BYTES: Final = 4 << 20
 
 
 class StreamedClip(NamedTuple):
@@ -193,23 +191,7 @@ def _open(tar: str) -> IO[bytes]:
     if not is_remote(tar):
         return Path(tar).open("rb")
     folder, _, name = tar.rpartition("/")
-    return cast(IO[bytes], io.BufferedReader(_RemoteStream(StoredFile(open_store(folder), name)), _READ_AHEAD_BYTES))
-
-
-class _RemoteStream(io.RawIOBase):
-    """A remote file from its start to its end."""
-
-    def __init__(self, file: StoredFile) -> None:
-        self._file, self._position = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._file.read_range(self._position, len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    return open_stream(StoredFile(open_store(folder), name))
 
 
 def _captions(sample: dict[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Walk the headers of any tar and group its members into samples, as webdataset does."""
 
 import hashlib
+import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from wan_dist.core.errors import DataError
+from wan_dist.data.stores import LocalStore, StoredFile, open_stream
 
 MAX_INDEX_KEY_BYTES: Final = 90
 _PIECE_BYTES: Final = 1 << 20
@@ -31,17 +33,18 @@ class TarSample:
     members: dict[str, TarMember] = field(default_factory=dict)
 
 
-def walk_tar(path: Path, *, checksums: bool = False) -> Iterator[TarSample]:
+def walk_tar(path: Path | StoredFile, *, checksums: bool = False) -> Iterator[TarSample]:
     """Yield the samples of a tar in their order. Long names in PAX or GNU headers are understood.
 
     Args:
-        path: an uncompressed tar.
+        path: an uncompressed tar, here or in a store.
         checksums: read every member and compute its CRC-32.
     Raises:
         DataError: not a tar, cut off, or two members of a sample have one extension.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
+        file = StoredFile(LocalStore(path.parent), path.name) if isinstance(path, Path) else path
+        with open_stream(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             sample: TarSample | None = None
             for info in tar:
                 tar.members = []  # tarfile would keep them all  # type: ignore[assignment]
@@ -58,13 +61,13 @@ def walk_tar(path: Path, *, checksums: bool = False) -> Iterator[TarSample]:
                 sample.members[extension] = TarMember(info.offset_data, info.size, crc32)
             if sample is not None:
                 yield sample
-            end = tar.offset
+            end, size = tar.offset, stream.seek(0, io.SEEK_END)
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: not a whole tar ({error}); copy or download it again.") from error
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the disk and the path.") from error
-    if end > path.stat().st_size:
-        raise DataError(f"{path}: cut off: its last member ends at byte {end} of {path.stat().st_size}; copy it again.")
+    if end > size:
+        raise DataError(f"{path}: cut off: its last member ends at byte {end} of {size}; copy it again.")
 
 
 def split_name(name: str) -> tuple[str, str]:

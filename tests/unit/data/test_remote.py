@@ -1,5 +1,6 @@
 """Shards on other machines: a real web server that fails on demand, and fsspec's file systems."""
 
+import io
 import os
 import shutil
 import threading
@@ -9,6 +10,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
 
 from tests.clips import read_numbers, write_clip
 from tests.servers import RangeServer, cut, reset, serve, stall, status
@@ -20,8 +23,10 @@ from wan_dist.data.http_store import HttpStore
 from wan_dist.data.index import open_shards
 from wan_dist.data.mixture import ShardSource
 from wan_dist.data.pack import pack_clips
+from wan_dist.data.reader import locate, read_member
 from wan_dist.data.retry import RetryPolicy, TransientError, retry
 from wan_dist.data.stores import CacheLimits, LocalStore, open_store
+from wan_dist.data.verify import verify_shards
 
 QUICK = RetryPolicy(num_tries=4, first_wait_s=0.01, max_wait_s=0.05)
 RULES = {"sizes": [(80, 48)], "num_frames": [5], "fps": 24.0}
@@ -70,6 +75,69 @@ def test_every_kind_of_store_gives_the_same_samples(shards: Path, server: RangeS
     assert frames_of(server.url, cache) == wanted
     # Kept on the disk: only sizes and ETags were asked for again, a byte each.
     assert all("bytes=0-0" in request for request in server.requests[before:])
+
+
+def test_a_lost_index_of_a_remote_shard_is_made_anew(server: RangeServer, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = ClipDataset.open(server.url, **RULES)  # type: ignore[arg-type]
+    index = server.folder / "data-000000.idx.npy"
+    content = index.read_bytes()
+    index.unlink()
+    opened = open_shards(server.url)
+    np.testing.assert_array_equal(opened.index(0), np.load(io.BytesIO(content)))
+    assert "data-000000.idx.npy is missing; making it anew" in caplog.text
+    assert not index.exists()
+    before = len(server.requests)
+    opened.index(0)
+    assert len(server.requests) == before
+    assert frames_of(server.url) == [(f"caption {n}", [20 * n + k for k in range(5)]) for n in range(3)]
+    assert ClipDataset.open(server.url, **RULES).digest == wanted.digest  # type: ignore[arg-type]
+    # A shard that is not the one in the manifest gives no index.
+    tar = server.folder / "data-000000.tar"
+    damaged = bytearray(tar.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    tar.write_bytes(damaged)
+    with pytest.raises(DataError, match="the one made anew differs"):
+        open_shards(server.url).index(0)
+
+
+@pytest.fixture
+def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
+    """The shards in `s3://clips/shards` of an object store on this machine."""
+    running = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem()
+    files.mkdir("clips")
+    for path in shards.iterdir():
+        files.pipe_file(f"clips/shards/{path.name}", path.read_bytes())
+    yield files
+    s3fs.S3FileSystem.clear_instance_cache()
+    running.stop()
+
+
+def test_s3_is_read_by_ranges_and_replacement_is_noticed(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    where, cache = "s3://clips/shards", CacheLimits(tmp_path / "cache", 1 << 30)
+    wanted = [(f"caption {n}", [20 * n + k for k in range(5)]) for n in range(3)]
+    assert frames_of(where) == wanted
+    assert frames_of(where, cache) == wanted
+    assert verify_shards(open_shards(where)) == []
+    bucket.rm_file("clips/shards/data-000001.idx.npy")
+    assert frames_of(where) == wanted
+    opened = open_shards(where)
+    row = opened.index(1)[0]
+    tar = bucket.cat_file("clips/shards/data-000001.tar")
+    bucket.pipe_file("clips/shards/data-000001.tar", tar[:-10_240])
+    with pytest.raises(StorageError, match="bytes instead of"):
+        read_member(locate(open_shards(where).tar(1), row, "media"))
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        open_shards("s3://clips/elsewhere")
+    with pytest.raises((DataError, StorageError), match="s3://no-such-bucket"):
+        open_shards("s3://no-such-bucket/shards")
 
 
 def test_only_the_bytes_of_a_sample_are_fetched(server: RangeServer) -> None:
