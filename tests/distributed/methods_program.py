@@ -37,8 +37,8 @@ def _train(cfg: Any, ranks: Any) -> dict[str, Any]:
     from wan_dist.train import build
     from wan_dist.train.loop import TrainState, train
 
-    variant = get_variant(cfg.model.variant)
-    settings = build.deepspeed_settings(cfg, ranks, build.accumulation(cfg, ranks.world_size))
+    variant, ranks = get_variant(cfg.model.variant), build.grouped(cfg, ranks)
+    settings = build.deepspeed_settings(cfg, ranks, build.accumulation(cfg, ranks))
     batches, _ = build.build_batches(cfg, ranks)
     experts = build.build_experts(cfg, variant, settings, ranks)
     engines = build.engines_of(experts)

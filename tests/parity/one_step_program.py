@@ -25,7 +25,7 @@ def main(config: str, out: str) -> None:
     ranks = dist.ranks_from_environment()
     dist.start(ranks, timeout_s=60)
     variant = get_variant(cfg.model.variant)
-    steps_per_rank = build.accumulation(cfg, ranks.world_size)
+    steps_per_rank = build.accumulation(cfg, ranks)
     batches, _ = build.build_batches(cfg, ranks)
     settings = build.deepspeed_settings(cfg, ranks, steps_per_rank)
     (expert,) = build.build_experts(cfg, variant, settings, ranks)
@@ -74,7 +74,7 @@ def filled(shape: torch.Size) -> torch.Tensor:
 def _bf16_rope(cfg, variant, ranks, build) -> torch.Tensor:
     """The RoPE table of the same model built for bf16 training, where `zero.Init` damages it."""
     bf16 = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": "bf16"})})
-    settings = build.deepspeed_settings(bf16, ranks, build.accumulation(bf16, ranks.world_size))
+    settings = build.deepspeed_settings(bf16, ranks, build.accumulation(bf16, ranks))
     (expert,) = build.build_experts(bf16, variant, settings, ranks)
     rope = expert.engine.module.rope
     return torch.stack([rope.freqs_cos, rope.freqs_sin]).contiguous()

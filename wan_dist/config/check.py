@@ -29,6 +29,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
     if "model.variant" in values:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)
+        problems += _sequence_problems(variant, values)
         problems += _size_problems(variant, values.get("data.sizes", []))
         problems += condition_problems(variant, values)
     return problems + _frame_problems(values.get("data.num_frames", [])) + _cache_problems(values)
@@ -155,6 +156,21 @@ def _stage_problems(values: Mapping[str, Any]) -> list[Problem]:
         for key, least in needed.items()
         if values.get(f"parallel.{key}", "none") == "cpu" and stage < least
     ]
+
+
+def _sequence_problems(variant: WanVariant, values: Mapping[str, Any]) -> list[Problem]:
+    """Return the buckets whose tokens a group of ranks cannot share evenly."""
+    size = values.get("parallel.sequence_parallel", 1)
+    for width, height in values.get("data.sizes", []):
+        for frames in values.get("data.num_frames", []):
+            tokens = variant.num_tokens(frames, width, height)
+            if tokens % size:
+                text = (
+                    f"parallel.sequence_parallel = {size} does not divide the {tokens} tokens of {width}x{height} with "
+                    f"{frames} frames; use another size, or another number of ranks per sample."
+                )
+                return [Problem(("parallel", "sequence_parallel"), text)]
+    return []
 
 
 def _expert_problems(variant: WanVariant, values: Mapping[str, Any]) -> list[Problem]:

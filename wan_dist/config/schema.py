@@ -287,6 +287,9 @@ class ParallelConfig(Section):
     )
     offload_optimizer: Literal["none", "cpu"] = Field(default="none", description="Where optimizer states live.")
     offload_param: Literal["none", "cpu"] = Field(default="none", description="Where partitioned weights live.")
+    sequence_parallel: int = Field(
+        default=1, gt=0, description="Neighbouring ranks that share each sample's tokens (Ulysses). Divides the heads."
+    )
     timeout_s: float = Field(default=1800.0, gt=0, description="Seconds after which a stuck collective ends the job.")
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Further DeepSpeed keys. One that wan_dist sets itself is an error."

@@ -22,17 +22,29 @@ class Ranks:
         world_size: number of processes.
         local_rank: number of this process on its machine, which picks the accelerator.
         device: where this rank computes.
+        sequence_size: neighbouring ranks that share the tokens of the same samples.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    sequence_size: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this rank's group among those that see different samples."""
+        return self.rank // self.sequence_size
+
+    @property
+    def data_world_size(self) -> int:
+        """Number of groups that see different samples."""
+        return self.world_size // self.sequence_size
 
 
 def ranks_from_environment() -> Ranks:

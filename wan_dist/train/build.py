@@ -1,5 +1,6 @@
 """From a configuration to a finished run: this module only calls builders."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from wan_dist.config.check import check_paths
 from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.buckets import make_buckets
-from wan_dist.core.errors import CheckpointError
+from wan_dist.core.errors import CheckpointError, ConfigError
 from wan_dist.core.order import Block
 from wan_dist.io import checkpoint as checkpoints
 from wan_dist.io.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from wan_dist.parallel import dist
 from wan_dist.parallel.dist import Ranks
 from wan_dist.parallel.ds_config import accumulation_steps
 from wan_dist.parallel.load import tensor_files
+from wan_dist.parallel.sequence import check_heads
 from wan_dist.parallel.shutdown import StopRequest
 from wan_dist.train.build_data import Batches, open_batches
 from wan_dist.train.build_flow import sigma_sampler
@@ -57,7 +59,8 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     method = _check_transformers(cfg)
     check_extra(cfg.optim.name, cfg.optim.options)
     check_watching(cfg)
-    num_accumulated = accumulation(cfg, ranks.world_size)
+    ranks = grouped(cfg, ranks)
+    num_accumulated = accumulation(cfg, ranks)
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
     batches, digest = build_batches(cfg, ranks)
@@ -108,6 +111,7 @@ def _check_transformers(cfg: TrainConfig) -> dict[str, Any]:
         folder = Path(cfg.model.path) / component_of(expert)
         configs.append(read_transformer_config(folder, variant))
         tensor_files(folder)
+        check_heads(configs[-1]["num_attention_heads"], cfg.parallel.sequence_parallel)
     return method_record(cfg, configs[0])
 
 
@@ -191,9 +195,24 @@ def _finish(run_dir: Path, ranks: Ranks, stop: StopRequest, state: TrainState, n
     return code
 
 
-def accumulation(cfg: TrainConfig, world_size: int) -> int:
+def grouped(cfg: TrainConfig, ranks: Ranks) -> Ranks:
+    """Return this process's place with the ranks in groups that share samples.
+
+    Raises:
+        ConfigError: the groups do not divide the ranks.
+    """
+    size = cfg.parallel.sequence_parallel
+    if ranks.world_size % size:
+        raise ConfigError(
+            f"parallel.sequence_parallel = {size} does not divide the {ranks.world_size} ranks of this job; start it "
+            f"with a multiple of {size}."
+        )
+    return dataclasses.replace(ranks, sequence_size=size)
+
+
+def accumulation(cfg: TrainConfig, ranks: Ranks) -> int:
     """Return the forward passes per optimizer step on each rank; raises ConfigError if the batch does not divide."""
-    return accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, world_size)
+    return accumulation_steps(cfg.train.global_batch_size, cfg.train.micro_batch_size, ranks.data_world_size)
 
 
 def build_batches(cfg: TrainConfig, ranks: Ranks) -> tuple[Batches, str]:
@@ -216,6 +235,7 @@ def build_experts(cfg: TrainConfig, variant: WanVariant, ds_config: dict[str, An
             engine=engine,
             forward=forward,
             context=context,
+            loss_scale=float(ranks.sequence_size),
             objective=build_objective(cfg, variant, name),
             lr_at=_learning_rates(cfg, name),
         )

@@ -21,6 +21,7 @@ from wan_dist.parallel.dist import Ranks
 from wan_dist.parallel.ds_config import deepspeed_config
 from wan_dist.parallel.environment import build_guard
 from wan_dist.parallel.load import build_model, fill, gather_in_blocks, gathered_for_libraries
+from wan_dist.parallel.sequence import share_tokens
 from wan_dist.train.blocks import Context, checkpoint_blocks, choose_attention, compile_blocks
 from wan_dist.train.optimizers import OptimizerOptions, build_optimizer, zero_settings
 
@@ -80,6 +81,8 @@ def prepare_blocks(cfg: TrainConfig, model: Any, ranks: Ranks) -> Context:
     choose_attention(model, cfg.train.attention, DTYPES[cfg.model.dtype], ranks.device)
     if cfg.train.compile:
         compile_blocks(model)
+    if ranks.sequence_size > 1:
+        share_tokens(model, ranks)
     return checkpoint_blocks(model, cfg.train.gradient_checkpointing, offload=cfg.train.offload_hidden_states)
 
 

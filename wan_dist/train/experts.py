@@ -24,6 +24,8 @@ class Expert:
         engine: DeepSpeed engine that steps it.
         forward: what the objective calls to predict: the engine, or a view of it.
         context: entered around one forward and backward.
+        loss_scale: what the loss is multiplied by for the backward pass, so that DeepSpeed's mean over all ranks is the
+            mean over those that see different samples.
         objective: flow matching on this noise range.
         lr_at: learning rate of a step of the run.
     """
@@ -33,6 +35,7 @@ class Expert:
     engine: Any
     forward: Callable[..., Any]
     context: Context
+    loss_scale: float
     objective: Objective
     lr_at: Callable[[int], float]
 

@@ -102,7 +102,7 @@ def train_step(expert: Expert, batches: Iterable[Batch], *, lr: float) -> StepRe
         waited_s += time.perf_counter() - clock
         with expert.context():
             terms = expert.objective.loss(expert.forward, batch)
-            engine.backward(terms.loss)
+            engine.backward(terms.loss * expert.loss_scale)
         unpartitioned = norm_without_zero(engine)
         engine.step()  # updates on the last micro-batch only
         losses.append(terms.loss.detach())
