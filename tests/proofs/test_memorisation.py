@@ -4,112 +4,69 @@ This fails if the velocity's sign, the timestep's scale, the shift or the normal
 breaking each once.
 """
 
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
 
-from tests.jobs import pack_clips, write_config
-from wan_dist.data.clips import ClipDataset
-from wan_dist.data.shapes import ShapeClip, draw_random_clip
-from wan_dist.models.wan.build import make_tiny_pipeline
-from wan_dist.parallel.launch import deepspeed_command, run_ranks
+from tests.proofs.lessons import (
+    Lesson,
+    blended,
+    cosine,
+    farthest_pair,
+    make_lesson,
+    run_wan_dist,
+    train,
+    train_and_export,
+)
 
 pytestmark = pytest.mark.proof
 
-PROGRAM = Path(__file__).with_name("sabotaged_train.py")
 CAPTIONS = ("a red circle moves up", "a blue square moves to the left")
-SIZE = {"width": 64, "height": 64, "num_frames": 9}
 NUM_STEPS = 700
-
-
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
-
-
-def _latents(vae, frames: np.ndarray) -> torch.Tensor:
-    """Normalised as diffusers' pipelines denormalise, by code of this test only."""
-    video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    with torch.no_grad():
-        raw = vae.encode(video).latent_dist.mean
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-    return (raw - mean) / std
 
 
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory):
-    """Two clips whose latents have nothing in common, their shards, a tiny pipeline and the latents by caption."""
+    """Two clips whose latents have nothing in common, their shards and a tiny pipeline."""
     folder = tmp_path_factory.mktemp("memorisation")
-    model = make_tiny_pipeline("ti2v-5B", folder / "model", CAPTIONS)
-    vae: Any = WanPipeline.from_pretrained(model).vae
-    drawn = [draw_random_clip(np.random.default_rng(seed), 9, 64, 64) for seed in range(12)]
-    encoded = [_latents(vae, frames) for frames in drawn]
-    pairs = [(abs(_cosine(encoded[i], encoded[j])), i, j) for i in range(12) for j in range(i)]
-    _, first, second = min(pairs)
-    clips = [
-        ShapeClip(f"clip{n}", caption, drawn[i], "", "", "")
-        for n, (i, caption) in enumerate(zip((first, second), CAPTIONS, strict=True))
-    ]
-    shards = pack_clips(folder, clips, fps=8)
-    # h264 changed the pixels: what the trainer reads is the truth.
-    dataset = ClipDataset.open(shards, sizes=[(64, 64)], num_frames=[9], fps=8.0)
-    truth = {}
-    for index in range(2):
-        clip = dataset.load(0, 0, index, choice=0.0, crop_xy=(0.5, 0.5))
-        truth[clip.captions[0]] = _latents(vae, clip.frames)
-    assert set(truth) == set(CAPTIONS)
-    assert abs(_cosine(*truth.values())) < 0.2
-    return shards, model, truth
+    made = make_lesson(folder, "ti2v-5B", 64, CAPTIONS, lambda vae: farthest_pair(vae, 64))
+    assert abs(cosine(*made.latents.values())) < 0.2
+    return made
 
 
-def _memorise(lesson, folder: Path, breakage: str) -> dict[tuple[str, str], float]:
-    """Train, consolidate, sample; return the cosine of each caption's sample with each clip's latents."""
-    shards, model, truth = lesson
-    config = write_config(
-        folder / "config.yaml",
-        run_dir=folder / "run",
-        # fp32 without checkpointing costs half of bf16 on a CPU; the quickstart's proof trains in bf16 with it.
-        model={"path": str(model), "variant": "ti2v-5B", "dtype": "fp32"},
-        data={"shards": str(shards), "sizes": [[64, 64]], "num_frames": [9], "fps": 8.0, "caption_dropout": 0.0},
-        optim={"lr": 5e-3, "betas": [0.9, 0.99], "weight_decay": 0.0, "schedule": "cosine", "warmup_steps": 30},
-        train={"num_steps": NUM_STEPS, "global_batch_size": 8, "micro_batch_size": 4, "gradient_checkpointing": "none"},
-        log={"every": 50},
-    )
-    command = deepspeed_command(["0", "1"], ["tests.proofs.sabotaged_train", breakage, str(config)], port=_free_port())
-    assert run_ranks(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) == 0
-    export = folder / "export"
-    subprocess.run([sys.executable, "-m", "wan_dist", "consolidate", str(folder / "run"), str(export)], check=True)
-    pipeline: Any = WanPipeline.from_pretrained(export)
+def _similarity(lesson: Lesson, pipeline: Any) -> dict[tuple[str, str], float]:
+    """Cosine of each caption's sample with each clip's latents."""
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.scheduler.config.flow_shift == 5.0
+    truth = dict(zip(CAPTIONS, (lesson.latents[f"clip{n}"] for n in range(2)), strict=True))
     similarity = {}
     for seed, caption in enumerate(CAPTIONS):
         sample = pipeline(
             caption,
-            **SIZE,
+            width=lesson.side,
+            height=lesson.side,
+            num_frames=9,
             num_inference_steps=25,
             guidance_scale=1.0,
             output_type="latent",
             generator=torch.Generator().manual_seed(seed),
         ).frames
         for other in CAPTIONS:
-            similarity[caption, other] = _cosine(sample.float(), truth[other])
-    print(breakage, similarity)
+            similarity[caption, other] = cosine(sample, truth[other])
     return similarity
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _memorise(lesson: Lesson, folder: Path, breakage: str) -> dict[tuple[str, str], float]:
+    """Train, consolidate, sample; return the cosine of each caption's sample with each clip's latents."""
+    export = train_and_export(lesson, folder, breakage, NUM_STEPS, model={"variant": "ti2v-5B"})
+    pipeline: Any = WanPipeline.from_pretrained(export)
+    assert pipeline.scheduler.config.flow_shift == 5.0
+    similarity = _similarity(lesson, pipeline)
+    print(breakage, similarity)
+    return similarity
 
 
 def _memorised(similarity: dict[tuple[str, str], float]) -> bool:
@@ -125,3 +82,59 @@ def test_each_caption_gives_its_clip_back(lesson, tmp_path):
 def test_a_broken_formula_is_noticed(lesson, tmp_path, breakage):
     similarity = _memorise(lesson, tmp_path, breakage)
     assert not _memorised(similarity), similarity
+
+
+STEPS_BOTH, STEPS_LORA = 900, 700
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Two clips, and a pipeline whose two experts learned them in one job."""
+    folder = tmp_path_factory.mktemp("both")
+    made = make_lesson(folder, "t2v-A14B", 32, CAPTIONS, lambda _: blended(32, 0, [(0, 1), (2, 3)]))
+    run = folder / "job"
+    run.mkdir()
+    return made, train_and_export(made, run, "none", STEPS_BOTH, model={"variant": "t2v-A14B", "expert": "both"})
+
+
+def _told_apart(found: dict[tuple[str, str], float], between: float) -> bool:
+    """Whether each sample is its clip, and as unlike the other clip as the clips are."""
+    return all(cos > 0.95 if asked == clip else cos < between + 0.15 for (asked, clip), cos in found.items())
+
+
+def test_both_experts_give_the_clips_back_and_swapped_ones_do_not(both):
+    made, export = both
+    pipeline: Any = WanPipeline.from_pretrained(export)
+    assert (pipeline.scheduler.config.flow_shift, pipeline.config.boundary_ratio) == (12.0, 0.875)
+    between = cosine(*made.latents.values())
+    right = _similarity(made, pipeline)
+    pipeline.transformer, pipeline.transformer_2 = pipeline.transformer_2, pipeline.transformer
+    swapped = _similarity(made, pipeline)
+    print("both experts", right, "swapped", swapped, "the clips themselves", between)
+    assert _told_apart(right, between), right
+    assert not _told_apart(swapped, between), swapped
+
+
+def test_loras_of_both_experts_teach_other_clips_through_diffusers(both, tmp_path):
+    _, base = both
+    ends = [(4, 5), (6, 7)]
+    made = make_lesson(tmp_path, "t2v-A14B", 32, CAPTIONS, lambda _: blended(32, 0, ends))
+    between = cosine(*made.latents.values())
+    # alpha is not the rank: a loader that takes the scale for 1 would give half of the change.
+    run = train(
+        replace(made, model=base),
+        tmp_path,
+        "none",
+        STEPS_LORA,
+        model={"variant": "t2v-A14B", "expert": "both"},
+        method={"kind": "lora", "rank": 16, "alpha": 32.0, "targets": "all"},
+    )
+    run_wan_dist("lora", "export", str(run), str(tmp_path / "lora.safetensors"), "--format", "diffusers")
+    pipeline: Any = WanPipeline.from_pretrained(base)
+    before = _similarity(made, pipeline)
+    pipeline.load_lora_weights(tmp_path / "lora_high_noise.safetensors")
+    pipeline.load_lora_weights(tmp_path / "lora_low_noise.safetensors", load_into_transformer_2=True)
+    similarity = _similarity(made, pipeline)
+    print("lora", similarity, "without", before, "the clips themselves", between)
+    assert _told_apart(similarity, between), similarity
+    assert not _told_apart(before, between), before

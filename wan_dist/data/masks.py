@@ -18,7 +18,7 @@ _MAX_ASPECT_ERROR: Final = 0.02
 
 def clip_of_mask(path: str) -> str | None:
     """Return the path of a mask's clip without its extension, None for a path that is no mask's."""
-    return next((path[: -len(s)] for s in MASK_SUFFIXES if path.lower().endswith(s)), None)
+    return next((path[: -len(s)] for s in MASK_SUFFIXES if path.endswith(s)), None)
 
 
 def mask_beside(file: Path) -> Path | None:

@@ -74,10 +74,11 @@ def walk_clips(folder: Path, subfolders: bool = True) -> tuple[list[str], list[R
     rejects: list[Reject] = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if subfolders else []
+        beside = {name.lower() for name in names}
         for name in names:
             path = (Path(root) / name).relative_to(folder).as_posix()
             if (stem := clip_of_mask(name)) is not None:
-                if not any(f"{stem}.{extension}" in names for extension in CLIP_EXTENSIONS):
+                if not any(f"{stem.lower()}.{extension}" in beside for extension in CLIP_EXTENSIONS):
                     rejects.append(Reject("lone_mask", path, f"no clip {stem} beside it; rename the mask or the clip"))
                 continue
             extension = name.rpartition(".")[2].lower()
