@@ -47,9 +47,9 @@ def _mask_all_four(num_frames, height, width, *, with_last=False):
     return mask
 
 
-def _mask_late(num_frames, height, width, *, with_last=False):
-    """The mask is one latent frame late."""
-    return given_frames_mask(num_frames, height, width, with_last=with_last).roll(1, dims=1)
+def _mask_inverted(num_frames, height, width, *, with_last=False):
+    """0 where a frame is given, as ti2v-5B's pipeline has it for its own mask."""
+    return 1.0 - given_frames_mask(num_frames, height, width, with_last=with_last)
 
 
 BREAKAGES = {
@@ -60,7 +60,7 @@ BREAKAGES = {
     "timestep rows swapped": lambda: setattr(objective, "predict_velocity", _rows_swapped),
     "first frame late": lambda: setattr(Objective, "_inputs", _first_frame_late(Objective._inputs)),
     "mask all four": lambda: setattr(encode, "given_frames_mask", _mask_all_four),
-    "mask late": lambda: setattr(encode, "given_frames_mask", _mask_late),
+    "mask inverted": lambda: setattr(encode, "given_frames_mask", _mask_inverted),
     "normalisation": lambda: setattr(Encoders, "normalise", lambda self, latents: latents.float()),
 }
 
