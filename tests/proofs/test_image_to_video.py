@@ -46,7 +46,7 @@ def similarities_5b(lesson: Lesson, folder: Path, breakage: str) -> dict[tuple[s
     export = train_and_export(
         lesson, folder, breakage, STEPS_5B, model={"variant": "ti2v-5B"}, data={"i2v_probability": 0.9}
     )
-    pipeline = WanImageToVideoPipeline.from_pretrained(export)
+    pipeline: Any = WanImageToVideoPipeline.from_pretrained(export)
     assert pipeline.scheduler.config.flow_shift == 5.0
     found = {}
     for seed, clip in enumerate(lesson.latents):
@@ -97,7 +97,7 @@ def similarities_a14b(lesson: Lesson, folder: Path, breakage: str) -> dict[tuple
         model={"variant": "i2v-A14B", "expert": "both"},
         data={"flf2v_probability": 0.5, "caption_dropout": 0.5},
     )
-    pipeline = WanImageToVideoPipeline.from_pretrained(export)
+    pipeline: Any = WanImageToVideoPipeline.from_pretrained(export)
     assert (pipeline.scheduler.config.flow_shift, pipeline.config.boundary_ratio) == (5.0, 0.9)
     common = torch.cat(list(lesson.latents.values())).mean(dim=0, keepdim=True)[:, :, 1:]
     found = {}
