@@ -9,6 +9,7 @@ from wan_dist.config.check_conditions import condition_problems, prior_problems
 from wan_dist.config.check_flow import flow_problems
 from wan_dist.config.check_method import method_problems
 from wan_dist.config.check_optim import optim_problems
+from wan_dist.config.check_watching import watching_problems
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.buckets import FIXED_RULES
@@ -26,6 +27,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
     """
     problems = optim_problems(values) + _deepspeed_problems(values) + _stream_problems(values) + flow_problems(values)
     problems += method_problems(values) + _stage_problems(values) + prior_problems(values)
+    problems += watching_problems(values)
     if "model.variant" in values:
         variant = get_variant(values["model.variant"])
         problems += _expert_problems(variant, values)

@@ -270,6 +270,10 @@ class LoopConfig(Section):
         default="auto", description="Attention kernel: auto is torch's choice, flash the flash-attn package."
     )
     compile: bool = Field(default=False, description="Compile the transformer's blocks with torch.compile.")
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="Running average of the weights, for example 0.999; 0 keeps none."
+    )
+    ema_device: Literal["device", "cpu"] = Field(default="device", description="Where the running average lives.")
     max_skipped_steps: int = Field(
         default=10,
         gt=0,
@@ -294,6 +298,39 @@ class ParallelConfig(Section):
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Further DeepSpeed keys. One that wan_dist sets itself is an error."
     )
+
+
+class ValidationConfig(Section):
+    """The loss on `data.validation`."""
+
+    every: int = Field(default=500, gt=0, description="Steps between measurements; there is one after the last step.")
+    num_sigmas: int = Field(default=4, gt=0, description="Noise levels per clip and expert, spread evenly.")
+    max_clips: int = Field(default=64, gt=0, description="Clips measured at most, the same ones each time.")
+
+
+class SamplesConfig(Section):
+    """Videos drawn while training runs."""
+
+    every: int = Field(default=0, ge=0, description="Steps between them; 0 draws none.")
+    prompts: list[str] = Field(default_factory=list, description="What to draw, a video each.")
+    prompts_file: str | None = Field(default=None, min_length=1, description="File of further prompts, a line each.")
+    images: list[str] = Field(
+        default_factory=list, description="First frames, image files; one per prompt, or none for text to video."
+    )
+    size: tuple[int, int] | None = Field(
+        default=None, description="[width, height] in px; null: the first of data.sizes."
+    )
+    num_frames: int | None = Field(default=None, description="4n+1; null: the first of data.num_frames.")
+    num_inference_steps: int | None = Field(default=None, gt=0, description="Denoising steps; null: the official ones.")
+    guidance_scale: float | None = Field(default=None, ge=1, description="1 is none; null: the official ones.")
+    negative_prompt: str = Field(default="", description="What guidance leads away from.")
+    seed: int = Field(default=0, ge=0, description="Seed of the first video's noise; the next ones count up.")
+    use_average: bool = Field(default=True, description="Draw with averaged weights where the run keeps some.")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class CheckpointConfig(Section):
@@ -335,6 +372,8 @@ class TrainConfig(Section):
     train: LoopConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,7 @@ from wan_dist.parallel.ds_config import accumulation_steps
 from wan_dist.parallel.load import tensor_files
 from wan_dist.parallel.sequence import check_heads
 from wan_dist.parallel.shutdown import StopRequest
+from wan_dist.train.averages import Average
 from wan_dist.train.build_data import Batches, open_batches
 from wan_dist.train.build_flow import sigma_sampler
 from wan_dist.train.embedding import COMPONENT, build_embedding_engine
@@ -34,7 +35,14 @@ from wan_dist.train.objective import Objective
 from wan_dist.train.objective_options import objective_options
 from wan_dist.train.optimizers import check_extra
 from wan_dist.train.schedules import ScheduleShape, learning_rate
-from wan_dist.train.watching import check_watching, open_reports
+from wan_dist.train.watching import (
+    Encoded,
+    build_averages,
+    check_watching,
+    encode_watched,
+    open_reports,
+    watching_hooks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +81,11 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         describe_run(run_dir, config_yaml=dump_config(cfg), ds_config=ds_config, world_size=ranks.world_size)
         write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
     try:
+        encoded = encode_watched(cfg, ranks)
         experts = build_experts(cfg, get_variant(cfg.model.variant), ds_config, ranks)
+        averages = build_averages(cfg, engines_of(experts), ranks)
         state = resume(experts, checkpoint)
-        _run(cfg, ranks, stop, experts, batches, identity, state, on_step)
+        _run(cfg, ranks, stop, experts, averages, encoded, batches, identity, state, on_step)
     except Exception as error:
         if ranks.is_main:
             mark_failed(run_dir, str(error) or repr(error))
@@ -120,6 +130,8 @@ def _run(
     ranks: Ranks,
     stop: StopRequest,
     experts: Sequence[Expert],
+    averages: Mapping[str, Average],
+    encoded: Encoded,
     batches: Batches,
     identity: dict[str, Any],
     state: TrainState,
@@ -139,6 +151,7 @@ def _run(
         zero_stage=cfg.parallel.zero_stage,
         exclude_frozen=cfg.method.kind != "full",
     )
+    watchers = watching_hooks(cfg, ranks, experts, averages, encoded, reports)
     skips = SkipHook(ranks, limit=cfg.train.max_skipped_steps)
     try:
         train(
@@ -146,7 +159,7 @@ def _run(
             batches,
             state,
             num_steps=cfg.train.num_steps,
-            hooks=[skips, reports, saves],
+            hooks=[skips, reports, *watchers, saves],
             should_stop=lambda: dist.any_rank(stop.requested, ranks),
         )
         saves.save_now(state)

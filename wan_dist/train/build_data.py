@@ -75,7 +75,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
         )
         batches: Batches = StreamBatches(
             stream,
-            _encoders(cfg, ranks, dtype, vae_config=None, with_text=True),
+            open_encoders(cfg, ranks, dtype, vae_config=None, with_text=True),
             with_condition=with_condition,
             rank=ranks.data_rank,
             world_size=ranks.data_world_size,
@@ -91,7 +91,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
     order = sample_order(cfg, dataset)
     caches = open_caches(cfg, dataset.shard_sets, ranks)
     has_text = caches.samples is not None and caches.samples.has_text
-    encoders = _encoders(cfg, ranks, dtype, vae_config=caches.vae_config, with_text=not has_text)
+    encoders = open_encoders(cfg, ranks, dtype, vae_config=caches.vae_config, with_text=not has_text)
     batches = ClipBatches(
         dataset,
         encoders,
@@ -113,7 +113,7 @@ def open_batches(cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype) -> tuple[Ba
     return batches, f"{dataset.digest}{tail}{caches.suffix}"
 
 
-def _encoders(
+def open_encoders(
     cfg: TrainConfig, ranks: Ranks, dtype: torch.dtype, *, vae_config: Mapping[str, Any] | None, with_text: bool
 ) -> Encoders:
     """Return what encodes clips and captions; an embedding run's captions stay token ids until the transformer."""

@@ -23,8 +23,8 @@ class Sink(Protocol):
         """Keep one report; `row["step"]` is its step."""
         ...
 
-    def video(self, tag: str, step: int, frames: NDArray[np.uint8], fps: float) -> None:
-        """Keep a video, [F, H, W, 3] RGB in 0..255."""
+    def image(self, tag: str, step: int, pixels: NDArray[np.uint8]) -> None:
+        """Keep an image, [H, W, 3] RGB in 0..255."""
         ...
 
     def close(self) -> None:
@@ -44,8 +44,8 @@ class MetricsFile:
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
 
-    def video(self, tag: str, step: int, frames: NDArray[np.uint8], fps: float) -> None:
-        """Leave videos to the files of their own."""
+    def image(self, tag: str, step: int, pixels: NDArray[np.uint8]) -> None:
+        """Leave images to the files of their own."""
 
     def close(self) -> None:
         """Nothing is buffered."""
@@ -65,10 +65,9 @@ class TensorBoard:
         for tag, value in flat(row).items():
             self._writer.add_scalar(tag, value, row["step"])
 
-    def video(self, tag: str, step: int, frames: NDArray[np.uint8], fps: float) -> None:
-        """Add a strip of up to 8 frames; TensorBoard's own videos are GIFs, which need a further package."""
-        shown = frames[np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)]
-        self._writer.add_image(tag, np.concatenate(list(shown), axis=1), step, dataformats="HWC")
+    def image(self, tag: str, step: int, pixels: NDArray[np.uint8]) -> None:
+        """Add an image."""
+        self._writer.add_image(tag, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush."""
@@ -90,8 +89,9 @@ class Wandb:
         """Log every number at its step."""
         self._run.log(flat(row), step=row["step"])
 
-    def video(self, tag: str, step: int, frames: NDArray[np.uint8], fps: float) -> None:
-        """Leave videos to the run folder."""
+    def image(self, tag: str, step: int, pixels: NDArray[np.uint8]) -> None:
+        """Log an image at its step."""
+        self._run.log({tag: load_wandb().Image(pixels)}, step=step)
 
     def close(self) -> None:
         """End the run."""

@@ -158,3 +158,23 @@ def test_optimizers_that_work_load():
         load_config(TI2V, [f"optim.name={name}"])
     load_config(TI2V, ["optim.name=muon", "optim.max_grad_norm=0"])
     load_config(TI2V, ["optim.name=schedule_free", "optim.schedule=constant"])
+
+
+@pytest.mark.parametrize(
+    ("path", "overrides", "message"),
+    [
+        (A14B, ["samples.every=5", "samples.prompts=[a]"], "and this run holds one; use model.expert: both, or 0."),
+        (TI2V, ["samples.every=5"], "samples.prompts is empty"),
+        (TI2V, ["samples.every=5", "samples.prompts=[a, b]", "samples.images=[x.png]"], "1 files for 2 prompts"),
+        (TI2V, ["samples.every=5", "samples.prompts=[a]", "samples.size=[100, 64]"], "are multiples of 32"),
+        (
+            TI2V,
+            ["samples.every=5", "samples.prompts=[a]", "samples.num_frames=8"],
+            "samples.num_frames = 8 is not 4n+1",
+        ),
+        (TI2V, ["train.ema_decay=0.9", "optim.name=schedule_free", "optim.schedule=constant"], "keeps its own average"),
+        (TI2V, ["train.ema_decay=0.9", "parallel.zero_stage=0"], "averages are kept on shards"),
+    ],
+)
+def test_samples_and_averages_that_a_run_cannot_have_are_refused(path: Path, overrides: list[str], message: str):
+    assert message in problems_of(path, *overrides)
