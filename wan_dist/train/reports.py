@@ -177,7 +177,8 @@ class ReportHook:
             [sum(r.num_tokens for r in pending), needed, done], dtype=torch.float64, device=self._ranks.device
         )
         torch.distributed.all_reduce(rates)
-        num_tokens, needed, done = rates.tolist()
+        # The ranks of a sequence group count the same samples.
+        num_tokens, needed, done = (rates / self._ranks.sequence_size).tolist()
         seconds, num_ranks = step_s * count, self._ranks.world_size
         values: dict[str, float | None] = {
             "step_s": step_s,
