@@ -1,6 +1,7 @@
 """Textual inversion against diffusers' own pipeline with the word added to its tokenizer and text encoder."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_text_embeds_and_gradients_equal_a_pipeline_with_the_word_added(model_di
     ids, _ = tokens.encode_prompt(PROMPTS, max_sequence_length=512, device=torch.device("cpu"))
     ours = model.text_embeds(ids)
 
-    pipeline = DiffusionPipeline.from_pretrained(model_dir, transformer=None, transformer_2=None)
+    pipeline: Any = DiffusionPipeline.from_pretrained(model_dir, transformer=None, transformer_2=None)
     names = placeholder_tokens(TOKEN, NUM_VECTORS)
     PromptTokens(pipeline.tokenizer, TOKEN, NUM_VECTORS)
     rows = pipeline.tokenizer.convert_tokens_to_ids(names)
@@ -37,9 +38,7 @@ def test_text_embeds_and_gradients_equal_a_pipeline_with_the_word_added(model_di
         encoder.shared.weight[rows] = vectors
     # The word stands in front where a caption lacks it; the empty prompt is the unconditional one and stays empty.
     written = [p if not p or TOKEN in p else f"{TOKEN} {p}" for p in PROMPTS]
-    encode = type(pipeline).encode_prompt
-    theirs, _ = encode(
-        pipeline,
+    theirs, _ = pipeline.encode_prompt(
         [expand_prompt(p, TOKEN, NUM_VECTORS) for p in written],
         do_classifier_free_guidance=False,
         max_sequence_length=512,
