@@ -21,7 +21,7 @@ from webdataset.writer import ShardWriter
 
 from wan_dist.data.index import encode_index
 from wan_dist.data.pack import pack_clips
-from wan_dist.data.shard_format import write_file, write_shard
+from wan_dist.data.shard_format import Member, write_file, write_shard
 
 CAPTION = b"a caption of about the length that people write for a clip of five seconds, give or take"
 ROW = (160, 96, 81, 24.0, 3.4, 0.04)
@@ -78,7 +78,7 @@ def _write(clips: Path, out: Path) -> None:
                     writer.add(f"{path.stem}.txt", len(CAPTION), io.BytesIO(CAPTION)),
                     writer.add(path.name, os.fstat(stream.fileno()).st_size, stream),
                 ]
-            places = [value for m in members for value in (m.offset, m.size, m.crc32)]
+            places = [value for m in [*members, Member(0, 0, 0)] for value in (m.offset, m.size, m.crc32)]  # no mask
             rows.append((path.stem.encode(), b"mp4", *places, *ROW))
     write_file(out / "data-000000.idx.npy", encode_index(rows))
 

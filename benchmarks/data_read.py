@@ -26,7 +26,7 @@ from wan_dist.data.clips import ClipDataset
 from wan_dist.data.family import Family, open_family
 from wan_dist.data.family_reader import FamilyReader
 from wan_dist.data.index import MANIFEST_NAME, Manifest, ShardEntry, encode_index, open_shards, shards_digest
-from wan_dist.data.shard_format import write_file, write_shard
+from wan_dist.data.shard_format import Member, write_file, write_shard
 
 NUM_SHARDS = 4
 BLOCK = 8
@@ -177,7 +177,7 @@ def _write_clips(folder: Path, shard: int, size: tuple[int, int], count: int) ->
                 writer.add(f"{key}.{extension}", len(text), io.BytesIO(text))
                 for extension, text in zip(("json", "txt", "mp4"), texts, strict=True)
             ]
-            places = [value for m in members for value in (m.offset, m.size, m.crc32)]
+            places = [value for m in [*members, Member(0, 0, 0)] for value in (m.offset, m.size, m.crc32)]  # no mask
             rows.append((key.encode(), b"mp4", *places, *size, 81, 16.0, 5.06, 0.0625))
     index = write_file(folder / f"data-{shard:06d}.idx.npy", encode_index(rows))
     return ShardEntry(

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from wan_dist.core.errors import ConfigError
+from wan_dist.core.words import counted
 
 
 class Only(StrEnum):
@@ -128,7 +129,7 @@ def _run_all(plan: Any, work: dict[str, Any], num_gpus: int, as_json: bool) -> N
         kept = f", {row['resumed_shards']} kept from an earlier run" if row["resumed_shards"] else ""
         rejects = "".join(f", {count} {why}" for why, count in row["rejects"].items())
         typer.echo(
-            f"{row['folder']}: {row['num_clips']} clips in {row['num_shards']} shards{kept}, "
+            f"{row['folder']}: {counted(row['num_clips'], 'clip')} in {counted(row['num_shards'], 'shard')}{kept}, "
             f"{row['num_bytes'] / 1e6:.1f} MB{rejects}"
         )
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.progress import show_count
+from wan_dist.core.words import counted
 from wan_dist.data.reindex import index_folder
 
 
@@ -29,4 +30,5 @@ def index(
         )
         return
     rejects = ", ".join(f"{count} {code}" for code, count in manifest.rejects.items()) or "none"
-    typer.echo(f"{shards}: {manifest.num_clips} clips in {len(manifest.shards)} tars; left out: {rejects}")
+    found = f"{counted(manifest.num_clips, 'clip')} in {counted(len(manifest.shards), 'tar')}"
+    typer.echo(f"{shards}: {found}; left out: {rejects}")

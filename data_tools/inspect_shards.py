@@ -8,20 +8,24 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from data_tools.inspect_family import describe_family, families_of, family_report, family_sample, is_family
 from data_tools.inspect_tar import describe_member, describe_tar, sample_report, tar_report
 from data_tools.plan_report import describe_plan, plan_report
 from wan_dist.core.errors import DataError
 from wan_dist.data.index import MEMBERS, ShardSet, open_shards
 from wan_dist.data.reader import locate, read_member
+from wan_dist.data.stores import LocalStore
 
 
 def inspect(
-    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of packed shards, or any tar.")],
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="Folder or URL of packed shards, cached family, or any tar.")
+    ],
     key: Annotated[str | None, typer.Option(help="Show the members of this sample.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Training config: show what it makes of the shards.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show shards, clips, sizes, frame rates and durations; or one tar; or one sample.
+    """Show shards, clips, sizes, frame rates and durations; or cached latents or text; or one tar; or one sample.
 
     With --plan: buckets, clips left out with the reason, steps per epoch, and the numbers of ranks that divide the
     batch.
@@ -38,6 +42,10 @@ def inspect(
             typer.echo(json.dumps(report) if as_json else describe_tar(report))
         else:
             typer.echo(json.dumps(sample_report(Path(shards), key), indent=None if as_json else 1))
+        return
+    if is_family(Path(shards)):
+        family = family_report(Path(shards)) if key is None else family_sample(Path(shards), key)
+        typer.echo(describe_family(family) if key is None and not as_json else json.dumps(family))
         return
     opened = open_shards(shards)
     if key is not None:
@@ -111,6 +119,8 @@ def _describe(opened: ShardSet, kinds: list[dict[str, Any]]) -> str:
             f"{kind['width']:>6}x{kind['height']:<4} {kind['fps']:>7g} {kind['clips']:>7} "
             f"{_span(low, high, 'd'):>11} {_span(short, long, '.2f'):>15}"
         )
+    if isinstance(opened.store, LocalStore):
+        lines += families_of(opened.store.folder)
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from data_tools.progress import show_progress
+from wan_dist.core.words import counted
 from wan_dist.data.pack import PackResult, pack_clips
 from wan_dist.data.pack_rules import ClipRules
 from wan_dist.data.pack_state import REJECTS_NAME, WARNINGS_NAME
@@ -137,8 +138,9 @@ def pack(
 
 
 def _describe(out: Path, result: PackResult, seconds: float) -> str:
-    shards = f"{result.num_shards} shard{'s' if result.num_shards != 1 else ''}"
-    lines = [f"{out}: {result.num_clips} clips in {shards}, {result.num_bytes / 1e6:.1f} MB, {seconds:.1f} s"]
+    shards = counted(result.num_shards, "shard")
+    clips = counted(result.num_clips, "clip")
+    lines = [f"{out}: {clips} in {shards}, {result.num_bytes / 1e6:.1f} MB, {seconds:.1f} s"]
     if result.resumed_shards:
         lines.append(f"kept from an earlier run: {result.resumed_shards} of {shards}")
     for title, name, codes in (

@@ -6,6 +6,7 @@ from typing import Any
 
 from wan_dist.config.load import load_config
 from wan_dist.core.buckets import REASONS as BUCKET_REASONS
+from wan_dist.core.words import counted
 from wan_dist.data.timing import REASONS as TIMING_REASONS
 from wan_dist.train.build_data import open_dataset, sample_order
 
@@ -37,7 +38,7 @@ def plan_report(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def describe_plan(report: dict[str, Any]) -> str:
     """Return the report as text."""
-    lines = [f"{report['used']} of {report['clips']} clips used"]
+    lines = [f"{report['used']} of {counted(report['clips'], 'clip')} used"]
     lines.append(f"{'bucket px':>11} {'frames':>7} {'clips':>8} {'per epoch':>10}")
     for b in report["buckets"]:
         size = f"{b['width']}x{b['height']}"

@@ -10,6 +10,7 @@ from wan_dist.config.load import load_config
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.errors import ConfigError, DataError
 from wan_dist.core.order import SampleOrder, SampleRef
+from wan_dist.core.words import counted
 from wan_dist.data.clips import ClipDataset, LocatedClip
 from wan_dist.data.samples import draw_sample
 from wan_dist.sample.video import write_mp4
@@ -38,7 +39,7 @@ def preview(
         if out.suffix == ".png":
             rows = [(_title(c, prompt), dataset.frames(c), dataset.frame_times(c)) for _, c, prompt in shown]
             contact_sheet(rows).save(out)
-            typer.echo(f"{out}: {len(rows)} clips")
+            typer.echo(f"{out}: {counted(len(rows), 'clip')}")
             return
         for key, clip, prompt in shown:
             path = out if len(shown) == 1 else out.with_name(f"{out.stem}-{key}.mp4")

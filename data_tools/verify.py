@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from data_tools.progress import show_count
+from wan_dist.core.words import counted
 from wan_dist.data.decode_worker import open_decoder
 from wan_dist.data.index import open_shards
 from wan_dist.data.verify import verify_shards
@@ -42,7 +43,7 @@ def verify(
             typer.echo(f"{damage.file}{sample}: {damage.what}")
         state = f"{len(damages)} damaged" if damages else "whole"
         typer.echo(
-            f"{opened.name}: {manifest.num_clips} clips in {len(manifest.shards)} shards, "
+            f"{opened.name}: {counted(manifest.num_clips, 'clip')} in {counted(len(manifest.shards), 'shard')}, "
             f"{manifest.num_bytes / 1e6:.1f} MB: {state}"
         )
     if damages:

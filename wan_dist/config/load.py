@@ -113,6 +113,7 @@ def _apply_override(draft: _Draft, override: str) -> None:
 def _validate(draft: _Draft) -> TrainConfig | None:
     """Return the typed config if the schema takes it, adding all further problems to the draft."""
     cfg, refused = None, []
+    _spell_out(draft.values)
     try:
         cfg = TrainConfig.model_validate(draft.values)
     except ValidationError as error:
@@ -121,6 +122,25 @@ def _validate(draft: _Draft) -> TrainConfig | None:
     values = _usable_values(draft.values, {problem.path for problem in refused})
     draft.problems += [*refused, *semantic_problems(values)]
     return cfg
+
+
+def _spell_out(values: dict[str, Any]) -> None:
+    """Put what may be written in short into the form of the schema: one length or size, and sizes as 832x480."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return
+    if type(data.get("num_frames")) is int:
+        data["num_frames"] = [data["num_frames"]]
+    sizes = data.get("sizes")
+    if isinstance(sizes, str) or (isinstance(sizes, list) and [type(side) for side in sizes] == [int, int]):
+        sizes = [sizes]
+    if isinstance(sizes, list):
+        data["sizes"] = [_size(size) for size in sizes]
+
+
+def _size(value: Any) -> Any:
+    found = re.fullmatch(r"(\d+)x(\d+)", value) if isinstance(value, str) else None
+    return [int(found[1]), int(found[2])] if found else value
 
 
 def _usable_values(document: dict[str, Any], refused: Iterable[KeyPath]) -> dict[str, Any]:

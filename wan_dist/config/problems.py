@@ -21,6 +21,7 @@ _PLAIN_WORDS = {
     "a valid dictionary": "a mapping of keys",
     "a valid tuple": "a list",
 }
+_TOO_FEW = {"too_short": "a list of at least {min_length}", "string_too_short": "a text that is not empty"}
 
 
 def schema_problems(error: ValidationError, document: dict[str, Any]) -> list[Problem]:
@@ -122,6 +123,8 @@ def _allowed(detail: dict[str, Any]) -> str | None:
     """Return what one pydantic error asks for; None where its message says it in another form."""
     if detail["type"] in ("model_type", "model_attributes_type"):
         return "a section of keys"
+    if detail["type"] in _TOO_FEW:
+        return _TOO_FEW[detail["type"]].format(**detail["ctx"])
     if not detail["msg"].startswith(_PREFIX):
         return None
     text = detail["msg"].removeprefix(_PREFIX)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from wan_dist.core.buckets import make_buckets, merge_small_buckets
 from wan_dist.core.errors import DataError
 from wan_dist.core.order import SampleOrder, Tail
+from wan_dist.core.words import counted
 from wan_dist.data.assign import DROP_REASONS, ClipRules, FrameChoice, assign_clips, explain_drops, time_window
 from wan_dist.data.decode import DECODE_RULES, crop_window, frame_times
 from wan_dist.data.decode_worker import Decoder, open_decoder
@@ -117,7 +118,7 @@ class ClipDataset:
         if not dataset.counts.any():
             indexes = [m.shards.index(number) for m, number in dataset._places]
             why = explain_drops(dataset.drops, indexes)
-            raise DataError(f"{dataset.name}: none of {dataset.num_clips} clips can be used: {why}.")
+            raise DataError(f"{dataset.name}: none of {counted(dataset.num_clips, 'clip')} can be used: {why}.")
         logger.info("%s", dataset.table())
         return dataset
 
@@ -183,9 +184,9 @@ class ClipDataset:
 
     def table(self) -> str:
         """Return lines that say how many clips each bucket has, and how many were left out and why."""
-        head = f"{self.name}: {int(self.counts.sum())} of {self.num_clips} clips used"
+        head = f"{self.name}: {int(self.counts.sum())} of {counted(self.num_clips, 'clip')} used"
         lines = [
-            f"  {b.width}x{b.height}, {b.num_frames} frames: {n} clips"
+            f"  {b.width}x{b.height}, {b.num_frames} frames: {counted(int(n), 'clip')}"
             for b, n in zip(self.buckets, self.counts.sum(0), strict=True)
         ]
         drops = [f"  left out, {why}: {n} ({DROP_REASONS[why]})" for why, n in sorted(self.drops.items())]

@@ -102,7 +102,7 @@ def test_bad_overrides_are_named(good: Path, override: str, message: str):
         ("flow.shift=big", "flow.shift = 'big' is not allowed; use 'auto' or 'resolution' or a number."),
         ("optim=", "optim = null is not allowed; use a section of keys."),
         ("optim.betas=[0.9]", "optim.betas = [0.9] has too few items."),
-        ("data.sizes=[]", "data.sizes = [] is not allowed: List should have at least 1 item"),
+        ("data.sizes=[]", "data.sizes = [] is not allowed; use a list of at least 1"),
         ("train.micro_batch_size=2", "train.global_batch_size = 1 is not a multiple of train.micro_batch_size = 2."),
         ("model.variant=t2v-a14b", "model.variant = 't2v-a14b' is not allowed; use 'ti2v-5B', 't2v-A14B' or"),
         ("version=2", "version = 2 is not allowed; use 1."),
@@ -178,3 +178,15 @@ def test_a_registered_migration_brings_an_old_file_up_to_date(good: Path, monkey
     monkeypatch.setitem(MIGRATIONS, 0, move_steps)
     cfg = load_config(good, ["optim.lr=0.5"])
     assert (cfg.version, cfg.train.num_steps, cfg.optim.lr) == (1, 7, 0.5)
+
+
+@pytest.mark.parametrize("size", ["832x480", "[832, 480]", "[832x480]", "[[832, 480]]"])
+def test_one_size_and_one_length_need_no_lists(good: Path, size: str):
+    cfg = load_config(good, [f"data.sizes={size}", "data.num_frames=77"])
+    assert (cfg.data.sizes, cfg.data.num_frames) == ([(832, 480)], [77])
+
+
+def test_short_forms_are_checked_like_lists(good: Path):
+    assert "data.num_frames = 80 is not 4n+1; use 77 or 81." in problems_of(good, "data.num_frames=80")[0]
+    assert "data.sizes = [] is not allowed; use a list of at least 1." in problems_of(good, "data.sizes=[]")[0]
+    assert "is not allowed" in problems_of(good, "data.num_frames=true")[0]

@@ -47,7 +47,7 @@ def test_clips_go_to_buckets_and_drops_are_counted(shards: Path) -> None:
     assert dataset.drops == {"low_fps": 1, "too_small": 1, "too_short": 1}
     table = dataset.table()
     assert "3 of 6 clips used" in table
-    assert "80x48, 17 frames: 1 clips" in table
+    assert "80x48, 17 frames: 1 clip" in table
     assert "left out, low_fps: 1" in table
 
 
