@@ -103,7 +103,8 @@ def _webdataset(family: Family) -> Iterator[object]:
     from webdataset.compat import WebDataset
 
     urls = [str(family.tar_path(shard)) for shard in range(NUM_SHARDS)]
-    samples = WebDataset(urls, shardshuffle=100, seed=0).repeat().shuffle(16)
+    dataset: Any = WebDataset(urls, shardshuffle=100, seed=0)
+    samples = dataset.repeat().shuffle(16)
     return iter(samples.map(lambda sample: load(sample["safetensors"])["latents"]))
 
 

@@ -114,6 +114,10 @@ def _choose(cfg: TrainConfig, shard_sets: Sequence[ShardSet]) -> dict[Kind, list
     fixed = cfg.data.frame_choice in FIXED_RULES and cfg.data.crop in FIXED_RULES
     if not fixed and cfg.data.latents == "auto":
         logger.info("latents are encoded online: frames or crop are left to chance")
+    if fixed and cfg.data.tail == "merge" and len(shard_sets) > 1:
+        # A data set cannot be cached alone: its clips' shapes depend on how many the others have.
+        fixed = False
+        logger.info("latents are encoded online: data.tail = merge sorts the clips of all data sets together")
     return {
         "latents": _folders("latents", cfg.data.latents if fixed else "none", shard_sets, latents),
         # What an embedding run trains lies before the text encoder.
