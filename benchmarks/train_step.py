@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 
 import train_compact
+import train_loop
 
 CASES: dict[str, Callable[[bool], None]] = {
     "compact": train_compact.run,
+    "loop": train_loop.run,
 }
 """Name of each case; it gets whether to be quick, and prints a table."""
 
