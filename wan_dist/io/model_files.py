@@ -1,15 +1,17 @@
 """Weight files of WAN transformers, in any naming, as streams under diffusers' names."""
 
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from wan_dist.core.errors import ModelError
-from wan_dist.io.tensor_stream import TensorStream, of_slice
+from wan_dist.io.tensor_stream import TensorStream, of_file
 from wan_dist.models.wan.keys import COMFYUI_PREFIX, tensor_to_diffusers, tensor_to_original
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -24,7 +26,7 @@ class ModelFiles:
     Attributes:
         tensors: by diffusers' names.
         naming: diffusers, original or comfyui, as the files have it.
-        metadata: header strings of the first file.
+        metadata: header strings of the first file that has any.
     """
 
     tensors: dict[str, TensorStream]
@@ -49,16 +51,18 @@ def open_model(path: Path) -> ModelFiles:
     found: dict[str, TensorStream] = {}
     metadata: dict[str, str] = {}
     for file in weight_files(path):
-        try:
-            # Stays open: the streams read from its mapping.
-            handle = safe_open(file, framework="pt").__enter__()
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: cannot be read as safetensors ({error}).") from None
-        metadata = metadata or handle.metadata() or {}
-        for name in handle.keys():  # noqa: SIM118  # not a dict
+        header, data_start = _header(file)
+        strings = header.pop("__metadata__", {})
+        metadata = metadata or strings
+        handle = file.open("rb", buffering=0)  # stays open: the streams read from it
+        for name, entry in header.items():
             if name in found:
                 raise ModelError(f"{file}: {name} is in another file of {path} too.")
-            found[name] = of_slice(view := handle.get_slice(name), _dtype(file, name, view.get_dtype()))
+            dtype = _dtype(file, name, entry["dtype"])
+            offset = data_start + entry["data_offsets"][0]
+            found[name] = of_file(handle, offset, tuple(entry["shape"]), dtype)
+    if not found:
+        raise ModelError(f"{path}: holds no tensors.")
     tensors, naming = _renamed(path, found)
     return ModelFiles(tensors, naming, metadata)
 
@@ -91,6 +95,18 @@ def weight_files(path: Path) -> list[Path]:
         hint = "; name its transformer folder" if (path / "model_index.json").is_file() else ""
         raise ModelError(f"{path}: holds no .safetensors files{hint}.")
     return files
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return a file's header and where its tensors begin; the library has checked that offsets and sizes agree."""
+    try:
+        with safe_open(file, framework="np"):
+            pass
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            return json.loads(handle.read(length)), 8 + length
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: cannot be read as safetensors ({error}).") from None
 
 
 def _dtype(file: Path, name: str, dtype: str) -> torch.dtype:

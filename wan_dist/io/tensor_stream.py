@@ -3,16 +3,18 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from wan_dist.adapters.lora_files import LoraModule
 from wan_dist.adapters.lora_math import apply_to_rows
+from wan_dist.core.errors import ModelError
 from wan_dist.io.zero_shards import ShardedTensor
 
-CHUNK_ELEMENTS = 4 << 20
+# 2 MB of fp32: small enough that hashing, checking and writing a piece find it in the processor's cache.
+CHUNK_ELEMENTS = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class TensorStream:
         shape: of the whole tensor.
         dtype: of the pieces.
         read: returns elements [start, stop) of the flat tensor, 1-D; both are multiples of a row's size.
+        pieces: 1-D tensors that follow on each other to the flat tensor, where it lies so; they are yielded uncopied.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[int, int], Tensor]
+    pieces: tuple[Tensor, ...] = ()
 
     @property
     def count(self) -> int:
@@ -40,7 +44,11 @@ class TensorStream:
         return math.prod(self.shape[1:])
 
     def chunks(self) -> Iterator[Tensor]:
-        """Yield the flat tensor in pieces of whole rows, about `CHUNK_ELEMENTS` each."""
+        """Yield the flat tensor in parts of about `CHUNK_ELEMENTS`."""
+        for piece in self.pieces:
+            yield from piece.split(CHUNK_ELEMENTS)
+        if self.pieces:
+            return
         step = max(CHUNK_ELEMENTS // max(self.row, 1), 1) * max(self.row, 1)
         for start in range(0, self.count, step):
             yield self.read(start, min(start + step, self.count))
@@ -64,23 +72,32 @@ def of_shards(tensor: ShardedTensor) -> TensorStream:
             offset += piece.numel()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    return TensorStream(tensor.shape, tensor.dtype, read)
+    return TensorStream(tensor.shape, tensor.dtype, read, tuple(p for p in tensor.pieces if p.numel()))
 
 
-def of_slice(view: Any, dtype: torch.dtype) -> TensorStream:
-    """Return a stream of a tensor in an open safetensors file.
+def of_file(file: IO[bytes], offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> TensorStream:
+    """Return a stream of a tensor whose bytes lie in a file.
+
+    Read and not mapped: a mapping of torch's counts as private memory of the process, the whole file of it.
 
     Args:
-        view: what `safe_open(...).get_slice(name)` returns.
-        dtype: of the file's tensor.
+        file: open for reading; it stays open with the stream.
+        offset: of the tensor's first byte.
+        shape: of the tensor.
+        dtype: of its elements.
     """
-    shape = tuple(view.get_shape())
-    row = max(math.prod(shape[1:]), 1)
 
     def read(start: int, stop: int) -> Tensor:
-        if not shape:
-            return view[...].reshape(1)
-        return view[start // row : stop // row].reshape(-1)
+        values = torch.empty(stop - start, dtype=dtype)
+        buffer = values.view(torch.uint8).numpy().data
+        file.seek(offset + start * dtype.itemsize)
+        filled = 0
+        while filled < len(buffer):
+            count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
+            if not count:
+                raise ModelError(f"{file.name}: became shorter while it was read.")
+            filled += count
+        return values
 
     return TensorStream(shape, dtype, read)
 
@@ -100,4 +117,4 @@ def with_loras(tensor: TensorStream, loras: Iterable[tuple[LoraModule, float]]) 
             rows = apply_to_rows(rows, start // tensor.row, module, multiplier)
         return rows.reshape(-1)
 
-    return replace(tensor, read=read)
+    return replace(tensor, read=read, pieces=())

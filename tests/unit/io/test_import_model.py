@@ -89,6 +89,8 @@ def test_what_is_no_whole_transformer_of_the_variant_is_refused(tmp_path: Path) 
         r"fp8 weights \(scaled_fp8\)": original | {"scaled_fp8": torch.ones(2)},
         r"lacks blocks\.1\.attn1\.to_k\.bias": {n: t for n, t in original.items() if n != "blocks.1.self_attn.k.bias"},
         r"img_emb\.proj\.1\.weight is no tensor": original | {"img_emb.proj.1.weight": torch.ones(2)},
+        "holds no tensors": {},
+        "stored as BOOL": original | {"head.head.bias": torch.ones(192, dtype=torch.bool)},
         "stored as I64": original | {"head.head.bias": torch.ones(2, dtype=torch.int64)},
         r"head\.head": {
             **{n: t for n, t in original.items() if n != "head.head.bias"},
@@ -104,6 +106,11 @@ def test_what_is_no_whole_transformer_of_the_variant_is_refused(tmp_path: Path) 
     save_file(original, tmp_path / "good.safetensors")
     with pytest.raises(ModelError, match=r"48/48 .*, t2v-A14B has 16/16"):
         call(tmp_path / "good.safetensors", tmp_path / "out", "--variant", "t2v-A14B", "--expert", "high_noise")
+    content = (tmp_path / "good.safetensors").read_bytes()
+    for damaged in (b"", content[:5], content[:-10], content.replace(b"data_offsets", b"data_0ffsets")):
+        (tmp_path / "damaged.safetensors").write_bytes(damaged)
+        with pytest.raises(ModelError, match="cannot be read as safetensors"):
+            call(tmp_path / "damaged.safetensors", tmp_path / "out", "--variant", "ti2v-5B", "--base", base)
     (tmp_path / "model.pth").touch()
     with pytest.raises(ModelError, match="pickles"):
         call(tmp_path / "model.pth", tmp_path / "out", "--variant", "ti2v-5B")
