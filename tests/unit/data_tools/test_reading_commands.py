@@ -107,5 +107,5 @@ def test_verify_has_status_1_for_damage(folder: Path, tmp_path: Path) -> None:
 def test_foreign_tars_are_indexed(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "shards" / "data-000000.tar", tmp_path / "00000.tar")
     assert "run `wan-data index`" in wan_data("inspect", tmp_path).stderr
-    assert "3 clips in 1 tars" in wan_data("index", tmp_path).stdout
+    assert "3 clips in 1 tar; left out: none" in wan_data("index", tmp_path).stdout
     assert "clips 3" in wan_data("inspect", tmp_path).stdout
