@@ -14,8 +14,9 @@ from wan_dist.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# diffusers' names; "auto" leaves the choice of the kernel to torch.
-ATTENTION_BACKENDS = {"auto": None, "sdpa": "native", "flash": "flash", "cudnn": "_native_cudnn"}
+# diffusers' names. "auto" leaves the choice of the kernel to torch, and is set all the same: diffusers keeps the last
+# choice for every model of the process, and its own reset leaves that as it is (0.42.1).
+ATTENTION_BACKENDS = {"auto": "native", "sdpa": "native", "flash": "flash", "cudnn": "_native_cudnn"}
 _ATTENTION_OPERATORS = ("scaled_dot_product", "flash_attn", "_flash_attention", "_efficient_attention")
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -71,16 +72,15 @@ def choose_attention(model: Any, backend: str, dtype: torch.dtype, device: torch
     Raises:
         ConfigError: the backend's library is missing, or it refuses this device.
     """
-    name = ATTENTION_BACKENDS[backend]
-    if name is not None:
-        try:
-            model.set_attention_backend(name)
-        except (ValueError, RuntimeError, ImportError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"train.attention = {backend}: not available here ({reason}); use auto.") from None
+    try:
+        model.set_attention_backend(ATTENTION_BACKENDS[backend])
+    except (ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"train.attention = {backend}: not available here ({reason}); use auto.") from None
     try:
         kernels = _kernels_of(model, dtype, device)
     except (RuntimeError, ValueError, AssertionError) as error:
+        model.set_attention_backend(ATTENTION_BACKENDS["auto"])
         reason = str(error).splitlines()[0]
         raise ConfigError(f"train.attention = {backend}: does not run on {device} ({reason}); use auto.") from None
     logger.info("attention: %s, computed by %s", backend, kernels)
