@@ -43,6 +43,8 @@ def read_word(path: Path) -> Word:
     Raises:
         ModelError: unreadable, or no vectors for WAN's text encoder.
     """
+    if not path.is_file():
+        raise ModelError(f"{path}: absent.")
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors files are read; pickles (.pt, .bin) can run code.")
     try:

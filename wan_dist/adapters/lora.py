@@ -110,7 +110,7 @@ def continue_from(model: nn.Module, spec: LoraSpec, names: Sequence[str], found:
         model: with adapters of `spec`, not yet partitioned.
         spec: shape of the adapters.
         names: their target modules.
-        found: the LoRA.
+        found: the LoRA; a DoRA with magnitudes as peft takes them.
         where: what to call it in messages.
     Raises:
         ConfigError: other targets, another rank, or a magnitude too many or too few.
@@ -124,13 +124,15 @@ def continue_from(model: nn.Module, spec: LoraSpec, names: Sequence[str], found:
     parameters = dict(model.named_parameters())
     for name in names:
         module = found.modules[name]
+        a, b = (parameters[f"{name}.lora_{part}.{ADAPTER_NAME}.weight"] for part in "AB")
         if module.rank != spec.rank:
             raise ConfigError(f"{where}: {name} has rank {module.rank}, method.rank is {spec.rank}; use {module.rank}.")
         if (module.magnitude is not None) != spec.use_dora:
             raise ConfigError(f"{where}: {name}: DoRA or not must be the same; set method.dora: {not spec.use_dora}.")
-        parameters[f"{name}.lora_A.{ADAPTER_NAME}.weight"].copy_(module.a)
-        parameters[f"{name}.lora_B.{ADAPTER_NAME}.weight"].copy_(module.b.float() * (module.scale / spec.scale))
+        if (a.shape, b.shape) != (module.a.shape, module.b.shape):
+            raise ConfigError(f"{where}: {name} is for a weight of another shape; it is of another variant.")
+        a.copy_(module.a)
+        b.copy_(module.b.float() * (module.scale / spec.scale))
         if module.magnitude is not None:
-            if module.magnitude_over_base:
-                raise ConfigError(f"{where}: {name}: its magnitude is relative to the base weight; convert it first.")
+            assert not module.magnitude_over_base  # the caller has the base weights to divide by
             parameters[f"{name}.lora_magnitude_vector.{ADAPTER_NAME}.weight"].copy_(module.magnitude.flatten())

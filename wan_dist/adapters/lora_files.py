@@ -20,7 +20,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_dist.core.errors import ModelError
-from wan_dist.models.wan.keys import flat_to_diffusers, module_to_diffusers, module_to_original, takes_lora
+from wan_dist.models.wan.keys import (
+    COMFYUI_PREFIX,
+    flat_to_diffusers,
+    module_to_diffusers,
+    module_to_original,
+    takes_lora,
+    tensor_to_diffusers,
+    tensor_to_original,
+)
 
 DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -53,6 +61,7 @@ _OTHER_METHODS = {
     ".oft_": "OFT blocks",
     ".reshape_weight": "reshaped weights",
 }
+_EXPERTS = ("high_noise", "low_noise")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -124,8 +133,12 @@ def read_lora(path: Path, component: str | None = None) -> LoraWeights:
         ModelError: unreadable, not a LoRA of WAN, of a kind that is not low-rank, incomplete, or its scale is unknown.
     """
     if path.is_dir():
+        if not (path / PEFT_WEIGHTS_NAME).is_file():
+            raise ModelError(f"{path}: is a folder without peft's {PEFT_WEIGHTS_NAME}; name the LoRA's file.")
         path = path / PEFT_WEIGHTS_NAME
     tensors, metadata = _load(path)
+    if tensors and all(_is_of_model(name) for name in tensors):
+        raise ModelError(f"{path}: holds a model's whole weights and no LoRA.")
     tensors, named = _of_component(path, tensors, component)
     groups, layout = _group(path, tensors)
     config = _config(path, metadata, layout, named)
@@ -134,7 +147,28 @@ def read_lora(path: Path, component: str | None = None) -> LoraWeights:
     return LoraWeights(modules, layout, stated, metadata)
 
 
+def check_expert(path: Path, weights: LoraWeights, expert: str | None) -> None:
+    """Return if a LoRA is not known to be for another expert.
+
+    Args:
+        path: its file, for messages.
+        weights: the LoRA.
+        expert: high_noise or low_noise, which it was given for; anything else is not checked.
+
+    Raises:
+        ModelError: its file names the other expert.
+    """
+    if expert in _EXPERTS and weights.expert in _EXPERTS and weights.expert != expert:
+        raise ModelError(f"{path}: is for the {weights.expert} expert and was given for the {expert} one.")
+
+
+def _is_of_model(name: str) -> bool:
+    return bool(tensor_to_original(name) or tensor_to_diffusers(name.removeprefix(COMFYUI_PREFIX)))
+
+
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.exists():
+        raise ModelError(f"{path}: absent.")
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors files are read; pickles (.pt, .bin, .ckpt) can run code.")
     try:

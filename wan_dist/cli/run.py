@@ -26,6 +26,8 @@ def run_app(app: typer.Typer, prog: str) -> NoReturn:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for package in ("wan_dist", "data_tools"):
         logging.getLogger(package).setLevel(logging.INFO)
+    # Where diffusers finds bitsandbytes, its import warns of CPU kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     status = _status_of(app, prog)
     try:
         sys.stdout.flush()

@@ -121,10 +121,10 @@ def consolidate(
         if not (base / component / "config.json").is_file():
             raise ModelError(f"{base}: the base pipeline of this run is gone; put it back, its other parts are needed.")
     weights = {component: _weights(checkpoint, component, ema) for component in components}
-    # Every byte is written once and read back once.
-    progress.start(2 * sum(num_bytes(tensors, dtype) for tensors in weights.values()))
+    size = sum(num_bytes(tensors, dtype) for tensors in weights.values())
+    progress.start(2 * size)  # every byte is written once and read back once
     export = Export(checkpoint, weights, out.resolve().name, dtype, max_shard_bytes, ema, progress.advance)
-    with new_folder(out) as folder:
+    with new_folder(out, size + (copied_bytes(base, weights) if layout == "diffusers" else 0)) as folder:
         usage = LAYOUTS[layout](export, folder)
         label = _DTYPE_LABELS[dtype]
         card = model_card(checkpoint, export.title, layout=layout, dtype=label, ema=ema, usage=usage)
@@ -133,11 +133,15 @@ def consolidate(
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, size: int) -> Iterator[Path]:
     """Give a temporary folder that becomes `out` when the block ends well, and vanishes otherwise.
 
+    Args:
+        out: folder to make.
+        size: bytes that it will hold.
+
     Raises:
-        CheckpointError: `out` exists and is not an empty folder.
+        CheckpointError: `out` exists and is not an empty folder, or the disk has no room for it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not empty; give a new folder.")
@@ -146,6 +150,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
+        if (free := shutil.disk_usage(temporary).free) < size:
+            raise CheckpointError(f"{out}: needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free.")
         yield temporary
         if out.exists():
             out.rmdir()
@@ -155,15 +161,38 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
+def copied_bytes(base: Path, replaced: Mapping[str, Any]) -> int:
+    """Return how much `copy_pipeline` copies, bytes."""
+    files = (path for path in base.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files if not _is_replaced(base, path.parent, path.name, replaced))
+
+
 def copy_pipeline(base: Path, folder: Path, replaced: Mapping[str, Any]) -> None:
-    """Copy a pipeline folder without the weights of the components in `replaced`."""
+    """Copy a pipeline folder without the weights of the components in `replaced`; raises as `copy_tree`."""
+    copy_tree(base, folder, lambda directory, name: _is_replaced(base, directory, name, replaced))
+
+
+def copy_tree(
+    source: Path, folder: Path, is_left_out: Callable[[Path, str], bool] = lambda _directory, _name: False
+) -> None:
+    """Copy a folder without what `is_left_out(directory, name)` says.
+
+    Raises:
+        CheckpointError: a file cannot be read or written.
+    """
 
     def ignore(directory: str, names: list[str]) -> list[str]:
-        if Path(directory).parent != base or Path(directory).name not in replaced:
-            return []
-        return [name for name in names if name.startswith(WEIGHTS_NAME)]
+        return [name for name in names if is_left_out(Path(directory), name)]
 
-    shutil.copytree(base, folder, ignore=ignore, dirs_exist_ok=True)
+    try:
+        shutil.copytree(source, folder, ignore=ignore, dirs_exist_ok=True)
+    except shutil.Error as error:  # all files' errors, after the last one
+        path, _, why = error.args[0][0]
+        raise CheckpointError(f"{path}: cannot be copied ({why}).") from None
+
+
+def _is_replaced(base: Path, directory: Path, name: str, replaced: Mapping[str, Any]) -> bool:
+    return directory.parent == base and directory.name in replaced and name.startswith(WEIGHTS_NAME)
 
 
 def expert_file(title: str, expert: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from wan_dist.core.errors import ModelError
-from wan_dist.io.consolidate import Progress, new_folder
+from wan_dist.io.consolidate import Progress, copy_tree, new_folder
 from wan_dist.io.hashing import write_json_atomic
 from wan_dist.io.model_files import WEIGHTS_NAME, ModelFiles, open_model, weight_files
 from wan_dist.io.safetensors_stream import num_bytes, write_sharded
@@ -88,8 +88,9 @@ def import_model(
         component: _config(model, experts[component], spec, base / component if base else None)
         for component, model in opened.items()
     }
-    progress.start(2 * sum(num_bytes(model.tensors, dtype) for model in opened.values()))
-    with new_folder(out) as folder:
+    size = sum(num_bytes(model.tensors, dtype) for model in opened.values())
+    progress.start(2 * size)
+    with new_folder(out, size) as folder:
         if base:
             _take_parts(base, folder, set(experts), link)
         for component, model in opened.items():
@@ -153,4 +154,4 @@ def _take_parts(base: Path, folder: Path, imported: set[str], link: bool) -> Non
         elif link:
             (folder / path.name).symlink_to(path.resolve(), target_is_directory=True)
         else:
-            shutil.copytree(path, folder / path.name)
+            copy_tree(path, folder / path.name)

@@ -210,16 +210,36 @@ def _with_magnitudes_for(weights: LoraWeights, layout: str, base: Mapping[str, T
     over_base = _OVER_BASE.get(layout)
     if over_base is None or not weights.uses_dora:
         return weights
+    if base is None and any(
+        m.magnitude is not None and m.magnitude_over_base != over_base for m in weights.modules.values()
+    ):
+        raise ModelError(
+            f"--format {layout}: its readers take DoRA's magnitudes relative to the base model; give it by --base."
+        )
+    return with_magnitudes(weights, base or {}, over_base=over_base)
+
+
+def with_magnitudes(weights: LoraWeights, base: Mapping[str, TensorStream], *, over_base: bool) -> LoraWeights:
+    """Return a LoRA whose magnitudes, if any, are as one kind of reader takes them.
+
+    Args:
+        weights: the LoRA.
+        base: weights by diffusers' names of the model that it was trained on; one in memory at a time.
+        over_base: as ComfyUI and kohya take them, and not as peft and diffusers do.
+
+    Raises:
+        ModelError: it is a LoRA of another model.
+    """
     modules = {}
     for stem, module in weights.modules.items():
         if module.magnitude is None or module.magnitude_over_base == over_base:
             modules[stem] = module
             continue
-        if base is None:
-            raise ModelError(
-                f"--format {layout}: its readers take DoRA's magnitudes relative to the base model; give it by --base."
-            )
-        magnitude = magnitude_over(_whole(base[f"{stem}.weight"]), module, over_base=over_base)
+        found = base.get(f"{stem}.weight")
+        if found is None or found.shape != (module.b.shape[0], *module.a.shape[1:]):
+            shape = "absent" if found is None else list(found.shape)
+            raise ModelError(f"{stem}.weight is {shape} in the base model; the DoRA is of another variant.")
+        magnitude = magnitude_over(_whole(found), module, over_base=over_base)
         modules[stem] = dataclasses.replace(module, magnitude=magnitude, magnitude_over_base=over_base)
     return dataclasses.replace(weights, modules=modules)
 

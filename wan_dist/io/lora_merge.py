@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from wan_dist.adapters.lora_files import LoraWeights, read_lora
+from wan_dist.adapters.lora_files import LoraWeights, check_expert, read_lora
 from wan_dist.core.errors import CheckpointError, ModelError
 from wan_dist.io.component_weights import merged_weights
-from wan_dist.io.consolidate import Progress, copy_pipeline, new_folder
+from wan_dist.io.consolidate import Progress, copied_bytes, copy_pipeline, new_folder
 from wan_dist.io.hashing import sha256_of
 from wan_dist.io.lora_export import check_free
 from wan_dist.io.model_files import WEIGHTS_NAME, ModelFiles, in_naming, open_model
@@ -71,16 +71,18 @@ def merge_loras(
     for component, applied in wanted.items():
         place = base / component if pipeline else base
         models[component] = open_model(place)
-        read = [(_read(one, component, pipeline), one.multiplier) for one in applied]
+        expert = _EXPERTS[component] if pipeline else _expert_of(base, models[component])
+        read = [(_read(one, expert), one.multiplier) for one in applied]
         merged[component] = merged_weights(models[component].tensors, read, str(place))
-    progress.start(2 * sum(num_bytes(tensors, dtype) for tensors in merged.values()))
+    size = sum(num_bytes(tensors, dtype) for tensors in merged.values())
+    progress.start(2 * size)
     writer = _Writer(dtype, max_shard_bytes, progress)
     if base.is_file():
         check_free(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         writer.file(out, models["transformer"], merged["transformer"], wanted["transformer"])
         return out
-    with new_folder(out) as folder:
+    with new_folder(out, size + (copied_bytes(base, merged) if pipeline else 0)) as folder:
         if pipeline:
             copy_pipeline(base, folder, merged)
         else:
@@ -91,16 +93,20 @@ def merge_loras(
     return out
 
 
-def _read(applied: Applied, component: str, pipeline: bool) -> LoraWeights:
+def _expert_of(base: Path, model: ModelFiles) -> str | None:
+    """Return which expert a folder or file says that it is, None if it does not say."""
+    if stated := model.metadata.get("wan_dist.expert"):
+        return stated
+    if (base.resolve().parent / "transformer_2").is_dir():
+        return _EXPERTS.get(base.resolve().name)
+    return next((expert for expert in EXPERT_FOLDERS if base.resolve().name == f"{expert}_model"), None)
+
+
+def _read(applied: Applied, expert: str | None) -> LoraWeights:
     weights = read_lora(applied.path)
     if applied.multiplier < 0 and weights.uses_dora:
         raise ModelError(f"{applied.path}: a DoRA cannot be taken out again: merging lost the length of each row.")
-    expert = _EXPERTS[component]
-    if pipeline and weights.expert and weights.expert != expert:
-        raise ModelError(
-            f"{applied.path}: is for the {weights.expert} expert and was given for {expert}; "
-            "--lora is for high noise, --lora-low for low noise."
-        )
+    check_expert(applied.path, weights, expert)
     return weights
 
 

@@ -73,6 +73,8 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         ModelError: there are none, or the index names one that is absent.
     """
+    if not path.exists():
+        raise ModelError(f"{path}: absent.")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ModelError(f"{path}: only .safetensors files are read; pickles (.pt, .pth, .bin) can run code.")
@@ -125,6 +127,8 @@ def _renamed(path: Path, found: dict[str, TensorStream]) -> tuple[dict[str, Tens
     tensors: dict[str, TensorStream] = {}
     for name, tensor in found.items():
         ours = tensor_to_diffusers(name.removeprefix(COMFYUI_PREFIX))
+        if ours is None and ".lora_" in name:
+            raise ModelError(f"{path}: holds a LoRA ({name}) and no model; wan-dist lora merge adds one to a model.")
         if ours is None:
             raise ModelError(f"{path}: {name} is no tensor of a WAN 2.2 transformer.")
         tensors[ours] = tensor

@@ -57,7 +57,7 @@ def write_sharded(
         The safetensors files.
 
     Raises:
-        CheckpointError: a value is not finite, or what was read back differs.
+        CheckpointError: a value is not finite, the disk is full, or what was read back differs.
     """
     shards = _assign(tensors, dtype, max_shard_bytes)
     names = [
@@ -101,6 +101,11 @@ def write_file(
             os.fsync(handle.fileno())
         _compare(temporary, header, crc, digest, on_bytes)
         temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.filename is not None:
+            raise
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}).") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

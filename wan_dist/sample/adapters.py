@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_dist.adapters.lora_files import LoraWeights, read_lora
+from wan_dist.adapters.lora_files import LoraWeights, check_expert, read_lora
+from wan_dist.adapters.lora_math import magnitude_over
 from wan_dist.core.errors import ModelError
 from wan_dist.models.wan.keys import takes_lora
+from wan_dist.models.wan.transformer import EXPERT_FOLDERS
 
 
 def add_loras(pipeline: Any, component: str, loras: Sequence[tuple[Path, float]]) -> None:
@@ -21,40 +23,40 @@ def add_loras(pipeline: Any, component: str, loras: Sequence[tuple[Path, float]]
         loras: files with their multipliers.
 
     Raises:
-        ModelError: the pipeline has no such transformer, or a file cannot be read or does not fit.
+        ModelError: the pipeline has no such transformer, or a file cannot be read, does not fit or is misplaced.
     """
     if not loras:
         return
     transformer = getattr(pipeline, component, None)
     if transformer is None:
         raise ModelError(f"the pipeline has no {component}; --lora-low is for models with two experts.")
+    two = getattr(pipeline, "transformer_2", None) is not None
+    expert = next((name for name, folder in EXPERT_FOLDERS.items() if two and folder == component), None)
     layers = dict(transformer.named_modules())
     names = []
     for number, (path, _) in enumerate(loras):
         weights = read_lora(path, component)
+        check_expert(path, weights, expert)
         _check_fits(path, weights, layers)
         names.append(f"lora_{number}")
-        pipeline.load_lora_into_transformer(_tensors(weights), transformer, adapter_name=names[-1])
+        pipeline.load_lora_into_transformer(_tensors(weights, layers), transformer, adapter_name=names[-1])
     transformer.set_adapters(names, [multiplier for _, multiplier in loras])
 
 
 def _check_fits(path: Path, weights: LoraWeights, layers: dict[str, Any]) -> None:
     for name, module in weights.modules.items():
-        if module.magnitude_over_base:
-            raise ModelError(
-                f"{path}: is a DoRA for ComfyUI; lora convert --format diffusers --base makes one for here."
-            )
         base = layers[name].weight if name in layers and takes_lora(name) else None
         if base is None or (base.shape[0], *base.shape[1:]) != (module.b.shape[0], *module.a.shape[1:]):
             found = "absent" if base is None else f"{list(base.shape)}"
             raise ModelError(f"{path}: {name} is {found} in this model; the LoRA is of another variant.")
 
 
-def _tensors(weights: LoraWeights) -> dict[str, Any]:
+def _tensors(weights: LoraWeights, layers: dict[str, Any]) -> dict[str, Any]:
     tensors = {}
     for name, module in weights.modules.items():
         tensors[f"transformer.{name}.lora_A.weight"] = module.a
         tensors[f"transformer.{name}.lora_B.weight"] = (module.b.float() * module.scale).to(module.b.dtype)
         if module.magnitude is not None:
-            tensors[f"transformer.{name}.lora_magnitude_vector"] = module.magnitude
+            base = layers[name].weight.detach().cpu() if module.magnitude_over_base else module.a
+            tensors[f"transformer.{name}.lora_magnitude_vector"] = magnitude_over(base, module, over_base=False)
     return tensors

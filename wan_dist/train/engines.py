@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from wan_dist.adapters.lora import LoraSpec, add_lora, continue_from, target_modules
-from wan_dist.adapters.lora_files import read_lora
+from wan_dist.adapters.lora_files import check_expert, read_lora
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.rng import seed_of
+from wan_dist.io.lora_export import with_magnitudes
+from wan_dist.io.model_files import open_model
 from wan_dist.models.wan.transformer import (
     EXPERT_FOLDERS,
     empty_transformer,
@@ -69,7 +71,7 @@ def build_engine(
     folder = Path(cfg.model.path) / component_of(expert)
     model = load_transformer(cfg, variant, folder, ds_config)
     if cfg.method.kind == "lora":
-        _add_adapters(cfg, model, expert, ds_config)
+        add_adapters(cfg, model, expert, ds_config)
     model.to(ranks.device)  # buffers; the partitions are where DeepSpeed put them
     model.train()
     context = prepare_blocks(cfg, model, ranks)
@@ -155,12 +157,23 @@ def lora_spec(cfg: TrainConfig) -> LoraSpec:
     )
 
 
-def _add_adapters(cfg: TrainConfig, model: Any, expert: str, ds_config: dict[str, Any]) -> None:
+def add_adapters(cfg: TrainConfig, model: Any, expert: str, ds_config: dict[str, Any]) -> None:
+    """Add a configuration's adapters to a transformer; those of `method.init_from` continue a LoRA file.
+
+    Raises:
+        ConfigError: targets match nothing, or the file has other targets or another rank.
+        ModelError: the file cannot be read, is for another model or for the other expert.
+    """
     spec = lora_spec(cfg)
     with gathered_for_libraries(ds_config):
         names = add_lora(model, spec, seed=seed_of(cfg.train.seed, "lora", expert) % 2**63)
     if path := cfg.method.init_from.get(expert):  # type: ignore[call-overload]
-        continue_from(model, spec, names, read_lora(Path(path), component_of(expert)), path)
+        found = read_lora(Path(path), component_of(expert))
+        check_expert(Path(path), found, expert)
+        if any(module.magnitude_over_base for module in found.modules.values()):
+            base = open_model(Path(cfg.model.path) / component_of(expert)).tensors
+            found = with_magnitudes(found, base, over_base=False)
+        continue_from(model, spec, names, found, path)
 
 
 def method_record(cfg: TrainConfig, config: dict[str, Any]) -> dict[str, Any]:

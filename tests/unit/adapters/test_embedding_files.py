@@ -96,4 +96,6 @@ def test_others_files_are_read_and_unfit_ones_refused(model: Path, tmp_path: Pat
     with pytest.raises(ModelError, match="vectors of width 32, the text encoder has 64"):
         add_word(load(model), word(umt5xxl=torch.ones(2, 32)))
     with pytest.raises(ModelError, match="can run code"):
-        read_word(tmp_path / "word.pt")
+        read_word(model / "model_index.json")
+    with pytest.raises(ModelError, match="absent"):
+        read_word(tmp_path / "word.safetensors")

@@ -241,7 +241,8 @@ REFUSED = {
     "LoKr factors": {f"{STEM}.lokr_w1": A},
     "bias differences": {f"{STEM}.diff_b": A},
     "trained biases": {f"{STEM}.lora_B.bias": A},
-    "no part of a LoRA": {"blocks.0.attn1.to_q.weight": A},
+    "no part of a LoRA": {"blocks.0.attn1.to_q.weight": A, f"{STEM}.lora_A.weight": A},
+    "a model's whole weights": {"blocks.0.attn1.to_q.weight": A, "blocks.0.attn1.to_q.bias": A[0]},
     "not finite": {f"{STEM}.lora_A.weight": A / 0, f"{STEM}.lora_B.weight": B},
     "twice": {f"{STEM}.lora_A.weight": A, f"{STEM}.lora_down.weight": A.clone()},
     "is empty": {},
@@ -276,8 +277,14 @@ def test_one_expert_of_a_file_with_both(tmp_path: Path) -> None:
     tensors["transformer_2.proj_out.lora_A.weight"] *= 3
     file = lora_file(tmp_path / "lora.safetensors", tensors)
     assert float(read_lora(file, "transformer_2").modules["proj_out"].a[0, 0]) == 3
-    with pytest.raises(ModelError, match=r"only \.safetensors files are read"):
-        read_lora(tmp_path / "lora.pt")
+    (tmp_path / "lora.pt").touch()
+    for name, message in {
+        "lora.pt": r"only \.safetensors files are read",
+        "no": "absent",
+        "": "without peft's",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            read_lora(tmp_path / name)
     one = lora_file(tmp_path / "one.safetensors", {k: v for k, v in tensors.items() if k.startswith("transformer_2")})
     with pytest.raises(ModelError, match="is for transformer_2, not for transformer"):
         read_lora(one, "transformer")

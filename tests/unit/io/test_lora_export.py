@@ -145,8 +145,12 @@ def test_merge_equals_the_adapters_and_unmerge_the_base(
 
 def test_experts_are_not_mixed_up_in_silence(base: Path, run: Path, tmp_path: Path) -> None:
     files = exported(run, tmp_path)
-    with pytest.raises(ModelError, match="is for the low_noise expert and was given for high_noise"):
+    with pytest.raises(ModelError, match="is for the low_noise expert and was given for the high_noise one"):
         call("merge", base, tmp_path / "merged", "--lora", files["transformer_2"])
+    with pytest.raises(ModelError, match="is for the low_noise expert and was given for the high_noise one"):
+        call("merge", base / "transformer", tmp_path / "merged", "--lora", files["transformer_2"])
+    with pytest.raises(ConfigError, match="must be finite numbers, found nan"):
+        call("merge", base, tmp_path / "merged", "--lora", files["transformer"], "--multiplier", "nan")
     with pytest.raises(ModelError, match="is one transformer, so only --lora goes with it"):
         call("merge", base / "transformer", tmp_path / "merged", "--lora-low", files["transformer_2"])
     one = ("--lora", files["transformer"], "--multiplier", 1, "--multiplier", 2)

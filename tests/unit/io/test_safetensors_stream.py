@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from wan_dist.core.errors import CheckpointError
 from wan_dist.io import safetensors_stream, tensor_stream
+from wan_dist.io.consolidate import new_folder
 from wan_dist.io.safetensors_stream import write_sharded
 from wan_dist.io.tensor_stream import TensorStream, of_shards, of_tensor
 from wan_dist.io.zero_shards import ShardedTensor
@@ -127,3 +129,23 @@ def test_tensors_of_several_dtypes_keep_them_and_lie_aligned(tmp_path: Path) -> 
     assert {name: tensor.dtype for name, tensor in loaded.items()} == {n: t.dtype for n, t in mixed.items()}
     header = json.loads((tmp_path / "mixed.safetensors").read_bytes()[8:].partition(b"}}")[0] + b"}}")
     assert header["b"]["data_offsets"] == [0, 8]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    tensors = {"a": of_tensor(torch.zeros(100_000))}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a write past it fails as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be written \(File too large\)"):
+            write_sharded(
+                tmp_path, "model", tensors, dtype=None, max_shard_bytes=10**9, metadata={}, on_bytes=lambda _: None
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    with (
+        pytest.raises(CheckpointError, match=r"needs 1000000\.0 GB and its disk has"),
+        new_folder(tmp_path / "out", 10**15),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,9 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import save_file
 
 from tests.loras import distance, output_of, tiny_transformer
+from tests.official import official_shapes
+from wan_dist.adapters.lora_files import LoraModule, LoraWeights
+from wan_dist.adapters.lora_formats import lora_tensors
 from wan_dist.models.wan.keys import (
     COMFYUI_PREFIX,
     flat_to_diffusers,
@@ -45,12 +48,10 @@ def original_names(tensors: dict[str, Any]) -> dict[str, Any]:
 def test_names_of_the_full_size_model_go_to_the_original_and_back(variant: str) -> None:
     tensors = full_size(variant).state_dict()
     original = original_names(tensors)
-    assert len(original) == len(tensors)
+    assert {name: tuple(t.shape) for name, t in original.items()} == official_shapes(VARIANTS[variant])
     assert [tensor_to_diffusers(name) for name in original] == list(tensors)
     theirs = convert_wan_transformer_to_diffusers(dict(original))
     assert {name: tuple(t.shape) for name, t in theirs.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
-    expected = {"head.modulation", "blocks.0.modulation", "blocks.29.norm3.weight", "time_projection.1.bias"}
-    assert expected < set(original)
 
 
 @pytest.mark.parametrize("prefix", ["", COMFYUI_PREFIX])
@@ -79,6 +80,28 @@ def test_every_linear_layer_takes_a_lora_and_has_one_flat_name(variant: str) -> 
     assert [module_to_diffusers(name) for name in originals] == layers
     for names in (layers, originals):
         assert [flat_to_diffusers(name.replace(".", "_")) for name in names] == layers
+
+
+@pytest.mark.parametrize("layout", ["original", "comfyui", "kohya"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_stem_of_a_full_size_lora_is_a_weight_of_the_official_model(variant: str, layout: str) -> None:
+    weights = {n.removesuffix(".weight"): s for n, s in official_shapes(VARIANTS[variant]).items() if len(s) > 1}
+    modules = {
+        name: LoraModule(torch.zeros(1, *module.weight.shape[1:]), torch.zeros(module.weight.shape[0], 1), 2.0)
+        for name, module in full_size(variant).named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    tensors = lora_tensors(LoraWeights(modules, "made"), layout, torch.bfloat16)
+    if layout == "kohya":
+        official = {f"lora_unet_{stem.replace('.', '_')}": shape for stem, shape in weights.items()}
+    else:
+        official = {f"diffusion_model.{stem}": shape for stem, shape in weights.items()}
+    ups = {n: t for n, t in tensors.items() if n.endswith((".lora_B.weight", ".lora_up.weight"))}
+    assert len(ups) == len(modules)
+    for name, up in ups.items():
+        stem = name.rpartition(".lora_")[0]
+        down = tensors[name.replace("lora_B", "lora_A").replace("lora_up", "lora_down")]
+        assert official[stem] == (up.shape[0], down.shape[1])
 
 
 @pytest.mark.parametrize(
