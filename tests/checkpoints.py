@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wan_dist.io.hashing import sha256_of, write_json_atomic
+from wan_dist.io.trust import sign
 
 
 def write_run(
@@ -63,7 +64,7 @@ def write_run(
         "state": state,
         "files": files,
     }
-    write_json_atomic(folder / "manifest.json", manifest)
+    write_json_atomic(folder / "manifest.json", sign(manifest))
     return run_dir
 
 

@@ -23,6 +23,9 @@ def consolidate(
         typer.Option(help="Only this expert; all that were trained otherwise."),
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the running average instead of the last weights.")] = False,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Read a checkpoint that no run of yours wrote: it can run code.")
+    ] = False,
     merge_lora: Annotated[
         bool, typer.Option("--merge-lora", help="Add the LoRA that was trained to the weights it was trained on.")
     ] = False,
@@ -43,7 +46,7 @@ def consolidate(
 
     max_shard_bytes = bytes_of(max_shard_size, "--max-shard-size")
     prepare_environment()
-    checkpoint = find_checkpoint(source)
+    checkpoint = find_checkpoint(source, trusted=trust_checkpoint)
     with progress_bar(Console(stderr=True)) as bar:
         told = ByteProgress(bar, f"consolidate step {checkpoint.step}")
         written = write(

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+# Ranks that cannot go on end themselves and say where they stood; only then are they killed.
+_RANKS_END_FIRST_S = 10.0
+
 EPILOG = "Example: wan-dist launch configs/train/tiny-4clips.yaml --num-gpus 2 train.num_steps=10"
 
 
@@ -22,7 +25,8 @@ def launch(
     """Train on this machine: one rank per GPU through the DeepSpeed launcher, all ended together."""
     from wan_dist.config.check import check_paths
     from wan_dist.config.load import load_config
-    from wan_dist.io.run_folder import mark_failed
+    from wan_dist.io.checkpoint import bytes_under_way
+    from wan_dist.io.run_folder import checkpoints_dir, mark_failed
     from wan_dist.parallel.ds_config import accumulation_steps
     from wan_dist.parallel.environment import prepare_environment
     from wan_dist.parallel.launch import deepspeed_command, free_port, rank_threads, run_ranks, visible_devices
@@ -41,7 +45,12 @@ def launch(
         return
     env = {"OMP_NUM_THREADS": str(rank_threads(len(devices))), **os.environ}
     try:
-        status = run_ranks(command, env=env)
+        status = run_ranks(
+            command,
+            env=env,
+            grace_s=cfg.checkpoint.grace_s + _RANKS_END_FIRST_S,
+            progress=lambda: bytes_under_way(checkpoints_dir(Path(cfg.run_dir))) or None,
+        )
     finally:
         # Nothing runs any more: a rank that was killed could not say so itself.
         mark_failed(Path(cfg.run_dir), "the job ended before the run could say why")

@@ -43,6 +43,9 @@ def export(
     dtype: Dtype = "bf16",
     expert: Expert = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the running average instead of the last weights.")] = False,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Read a checkpoint that no run of yours wrote: it can run code.")
+    ] = False,
 ) -> None:
     """Write the LoRA that a run trained as files that other programs load."""
     from wan_dist.io.component_weights import find_checkpoint
@@ -51,7 +54,7 @@ def export(
     from wan_dist.parallel.environment import prepare_environment
 
     prepare_environment()
-    checkpoint = find_checkpoint(source)
+    checkpoint = find_checkpoint(source, trusted=trust_checkpoint)
     for path in export_loras(checkpoint, out, layout=layout, dtype=DTYPES[dtype], expert=expert, ema=ema):
         typer.echo(path)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wan_dist.cli import config, consolidate, embedding, generate, launch, lora, models, quickstart, train
+from wan_dist.cli import checkpoint, config, consolidate, embedding, generate, launch, lora, models, quickstart, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 
 app.add_typer(config.app, name="config")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(models.app, name="models")
 app.add_typer(lora.app, name="lora")
 app.add_typer(embedding.app, name="embedding")

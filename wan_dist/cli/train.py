@@ -61,6 +61,7 @@ def _train(config: Path, overrides: list[str], stop: "StopRequest") -> int:
     from wan_dist.parallel.environment import prepare_environment
 
     cfg = load_config(config, overrides)
+    stop.grace_s = cfg.checkpoint.grace_s
     prepare_environment()
     from wan_dist.parallel.dist import ranks_from_environment
 

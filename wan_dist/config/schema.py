@@ -6,7 +6,7 @@ inner code takes plain arguments.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 CONFIG_VERSION = 1
 
@@ -333,14 +333,43 @@ class SamplesConfig(Section):
         return tuple(value) if isinstance(value, list) else value
 
 
-class CheckpointConfig(Section):
-    """When the run is saved and how it continues."""
-
+class _CheckpointFields(Section):
     save_every: int = Field(default=500, ge=0, description="Steps between checkpoints; 0 saves at the end only.")
-    keep_last: int = Field(default=3, gt=0, description="Checkpoints kept.")
+    keep_last: int = Field(default=3, gt=0, description="Newest checkpoints kept.")
+    keep_every: int = Field(default=0, ge=0, description="Steps whose multiples are kept for good; 0 for none.")
     resume: Literal["auto", "require", "never"] = Field(
         default="auto", description="auto continues if a whole checkpoint exists, require fails without one."
     )
+    grace_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="Seconds that a job told to stop may take for its last step, and that its save may stand still.",
+    )
+    trust: bool = Field(
+        default=False, description="Resume a checkpoint that no run of this user wrote. Its shards can run code."
+    )
+
+
+# `async` is a word of Python and cannot be written as an attribute.
+_CheckpointWithAsync = create_model(
+    "_CheckpointWithAsync",
+    __base__=_CheckpointFields,
+    **{
+        "async": (
+            bool,
+            Field(default=True, description="Write checkpoints in another process while training goes on."),
+        )
+    },  # type: ignore[arg-type]
+)
+
+
+class CheckpointConfig(_CheckpointWithAsync):
+    """When the run is saved and how it continues."""
+
+    @property
+    def asynchronous(self) -> bool:
+        """The key `async`."""
+        return bool(getattr(self, "async"))
 
 
 class LogConfig(Section):

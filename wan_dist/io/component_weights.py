@@ -23,12 +23,22 @@ _EXPERTS = {folder: expert for expert, folder in EXPERT_FOLDERS.items()}
 _LORA_PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]+\.weight")
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
+def find_checkpoint(path: Path, *, trusted: bool = False) -> Checkpoint:
     """Return the verified checkpoint that a run folder (its newest whole one) or a checkpoint folder names.
 
+    Args:
+        path: run folder or checkpoint folder.
+        trusted: the user vouches for a checkpoint that no run of this user wrote.
+
     Raises:
-        CheckpointError: none there, or the named one is damaged.
+        CheckpointError: none there, the named one is damaged, or it is somebody else's.
     """
+    checkpoint = _verified(path)
+    checkpoint.require_own(trusted=trusted, option="--trust-checkpoint")
+    return checkpoint
+
+
+def _verified(path: Path) -> Checkpoint:
     if (path / "manifest.json").is_file():
         checkpoint = read_manifest(path)
         if problems := checkpoint.problems():

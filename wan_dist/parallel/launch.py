@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from wan_dist.core.errors import LaunchError
+from wan_dist.parallel.shutdown import Deadline
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,26 @@ def rank_threads(num_ranks: int) -> int:
     return max((os.cpu_count() or 1) // num_ranks, 1)
 
 
-def run_ranks(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> int:
+def run_ranks(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    grace_s: float = KILL_AFTER_S,
+    progress: Callable[[], object | None] = lambda: None,
+) -> int:
     """Run a launcher command until every process that it started is gone; return its exit status.
 
-    The command gets a process group of its own. SIGINT and SIGTERM to this process go to the whole group, because
-    the `deepspeed` command would die of them and leave its ranks behind.
+    The command gets a process group of its own. SIGINT and SIGTERM to this process go to the ranks and not to the
+    launcher, which would kill them 30 s later whatever they are saving (`deepspeed.launcher.launch`, 0.19.8); it ends
+    when they do.
+
+    Args:
+        command: launcher and ranks.
+        env: environment of the command, ours if None.
+        cwd: folder in which it runs.
+        grace_s: seconds after a signal, or after the last progress, until the ranks are killed.
+        progress: returns a value that changes while a save makes progress, None with no save under way.
 
     Raises:
         LaunchError: the command could not be started, or the system killed a rank.
@@ -97,11 +113,10 @@ def run_ranks(command: Sequence[str], *, env: Mapping[str, str] | None = None, c
 
     def forward(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
-        _signal_group(process.pid, signum)
 
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        status = _wait_for_group(process, received)
+        status = _wait_for_group(process, received, lambda: Deadline(grace_s, progress), grace_s)
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -121,20 +136,43 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def _wait_for_group(process: subprocess.Popen[bytes], received: Sequence[int]) -> int:
-    deadline: float | None = None
+def _wait_for_group(
+    process: subprocess.Popen[bytes], received: Sequence[int], new_deadline: Callable[[], Deadline], grace_s: float
+) -> int:
+    deadline: Deadline | None = None
+    told: dict[int, int] = {}
     while True:
         status = process.poll()
         if status is not None and not _group_alive(process.pid):
             return status if status >= 0 else 128 - status
+        if received and status is None:
+            _tell_ranks(process.pid, received, told)
         if deadline is None and (received or status is not None):
             # A launcher that is gone leaves ranks only if it was killed; they notice and get the same grace.
-            deadline = time.monotonic() + KILL_AFTER_S
-        if deadline is not None and time.monotonic() > deadline:
-            logger.warning("ranks did not end within %.0f s and are killed", KILL_AFTER_S)
+            deadline = new_deadline()
+        if deadline is not None and deadline.passed():
+            logger.warning("ranks did not end, and nothing moved for %.0f s; they are killed", grace_s)
             _signal_group(process.pid, signal.SIGKILL)
-            deadline = time.monotonic() + KILL_AFTER_S
+            deadline = new_deadline()
         time.sleep(_POLL_S)
+
+
+def _tell_ranks(launcher: int, received: Sequence[int], told: dict[int, int]) -> None:
+    """Send each rank the signals that it has not had yet, also ranks that start meanwhile.
+
+    Workers of ranks are left alone: their death could cost the save that the signal asks for.
+
+    Args:
+        launcher: process id of the command.
+        received: signals that this process got.
+        told: how many of them each process has had, updated in place.
+    """
+    ranks = [pid for _, pid, parent, _ in _processes() if parent == launcher]
+    for pid in ranks or [launcher]:
+        for signum in received[told.get(pid, 0) :]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        told[pid] = len(received)
 
 
 def _signal_group(group: int, signum: int) -> None:
@@ -148,13 +186,13 @@ def _group_alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     # In a container whose first process never waits for orphans, ranks that ended stay in the table for ever.
-    states = [state for state, member_of in _processes() if member_of == group]
+    states = [state for state, _, _, member_of in _processes() if member_of == group]
     return not states or any(state != "Z" for state in states)
 
 
-def _processes() -> Iterator[tuple[str, int]]:
-    """Yield state letter and process group of every process; nothing where there is no /proc."""
+def _processes() -> Iterator[tuple[str, int, int, int]]:
+    """Yield state letter, process id, parent and process group of every process; nothing where there is no /proc."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
-            yield state, int(group)
+            state, parent, group, *_ = path.read_text().rpartition(")")[2].split()
+            yield state, int(path.parent.name), int(parent), int(group)

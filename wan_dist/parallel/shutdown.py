@@ -18,11 +18,33 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 25.0
+GRACE_S = 120.0
 _LAUNCHER_POLL_S = 1.0
 _SECOND_INTERRUPT_S = 1.0
 _LAUNCHER_PROGRAMS = {"deepspeed", "torchrun"}
 _LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed")
+
+
+class Deadline:
+    """A point in time that moves on as long as something makes progress."""
+
+    def __init__(self, grace_s: float, progress: Callable[[], object | None]) -> None:
+        """Begin now.
+
+        Args:
+            grace_s: seconds without progress after which the time is up.
+            progress: returns a value that changes with progress, None while there is nothing to wait for.
+        """
+        self._grace_s, self._progress = grace_s, progress
+        self._seen: object | None = None
+        self._since = time.monotonic()
+
+    def passed(self) -> bool:
+        """Return whether nothing moved for the grace time; to be asked every second or so."""
+        seen = self._progress()
+        if seen is not None and seen != self._seen:
+            self._seen, self._since = seen, time.monotonic()
+        return time.monotonic() - self._since > self._grace_s
 
 
 @dataclass
@@ -31,12 +53,14 @@ class StopRequest:
 
     Attributes:
         signum: the first signal received, None while the job may go on.
-        grace_s: seconds between the first signal and the forced end.
+        grace_s: seconds between the first signal, or the last progress of a save, and the forced end.
+        progress: returns a value that changes while a save makes progress, None with no save under way.
         before_force: called just before the forced end, with what led to it.
     """
 
     signum: int | None = None
     grace_s: float = GRACE_S
+    progress: Callable[[], object | None] | None = None
     before_force: Callable[[str], None] | None = None
     _since: float = field(default=0.0, repr=False)
 
@@ -56,9 +80,7 @@ class StopRequest:
             self.signum, self._since = signum, now
             if os.environ.get("RANK", "0") == "0":
                 os.write(2, f"{signal.Signals(signum).name}: stopping after this step\n".encode())
-            timer = threading.Timer(self.grace_s, self._force, args=(128 + signum,))
-            timer.daemon = True
-            timer.start()
+            threading.Thread(target=self._force_late, args=(128 + signum,), daemon=True).start()
         elif signum == signal.SIGINT and now - self._since > _SECOND_INTERRUPT_S:
             # Launchers repeat signals within milliseconds; a person pressing Ctrl-C again means it.
             os._exit(128 + signum)
@@ -69,6 +91,12 @@ class StopRequest:
         while not self.requested and time.monotonic() < deadline:
             time.sleep(0.05)
         return self.requested
+
+    def _force_late(self, code: int) -> None:
+        deadline = Deadline(self.grace_s, lambda: self.progress() if self.progress else None)
+        while not deadline.passed():
+            time.sleep(min(self.grace_s / 10, 1.0))
+        self._force(code)
 
     def _force(self, code: int) -> None:
         why = f"{self.grace_s:.0f} s of grace"

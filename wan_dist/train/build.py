@@ -13,7 +13,9 @@ from wan_dist.core.buckets import make_buckets
 from wan_dist.core.errors import CheckpointError, ConfigError
 from wan_dist.core.order import Block
 from wan_dist.io import checkpoint as checkpoints
+from wan_dist.io.base_weights import base_digests
 from wan_dist.io.checkpoint import Checkpoint
+from wan_dist.io.restoring import restore
 from wan_dist.io.run_folder import checkpoints_dir, claim_run, describe_run, mark_failed, write_status
 from wan_dist.models.wan.transformer import read_transformer_config
 from wan_dist.models.wan.variants import WanVariant, get_variant
@@ -47,7 +49,7 @@ from wan_dist.train.watching import (
 logger = logging.getLogger(__name__)
 
 # A resumed run would not be the same run if one of these differed; the model folder may have moved.
-_UNCHANGED = ("variant", "components", "method", "data_digest", "seed", "global_batch_size")
+_UNCHANGED = ("variant", "components", "method", "base_sha256", "data_digest", "seed", "global_batch_size")
 OnStep = Callable[[TrainState, float | None], None]
 
 
@@ -74,7 +76,10 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     batches, digest = build_batches(cfg, ranks)
     identity = run_identity(cfg, digest, method)
     claim = _claim(run_dir, ranks)
-    checkpoint = find_resume(checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks)
+    identity["base_sha256"] = _base_digests(cfg, run_dir, ranks)
+    checkpoint = find_resume(
+        checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks, trusted=cfg.checkpoint.trust
+    )
     # What was refused until here leaves the folder of the run that it would have changed as it was.
     ds_config = deepspeed_settings(cfg, ranks, num_accumulated)
     if ranks.is_main:
@@ -108,6 +113,15 @@ def _claim(run_dir: Path, ranks: Ranks) -> IO[str] | None:
     if problem := dist.from_main(problem, ranks):
         raise CheckpointError(problem)
     return claim
+
+
+def _base_digests(cfg: TrainConfig, run_dir: Path, ranks: Ranks) -> dict[str, str]:
+    """Return the digests of the weights that a run trains upon and does not save; collective, none for a full run."""
+    if cfg.method.kind == "full":
+        return {}
+    names = list(dict.fromkeys(component_of(e) for e in expert_names(cfg, get_variant(cfg.model.variant))))
+    digests = base_digests(Path(cfg.model.path), names, run_dir) if ranks.is_main else {}
+    return dist.from_main(digests, ranks)
 
 
 def _check_transformers(cfg: TrainConfig) -> dict[str, Any]:
@@ -150,9 +164,12 @@ def _run(
         saved_step=state.step,  # 0, or what was resumed from
         zero_stage=cfg.parallel.zero_stage,
         exclude_frozen=cfg.method.kind != "full",
+        keep_every=cfg.checkpoint.keep_every,
+        asynchronous=cfg.checkpoint.asynchronous,
     )
     watchers = watching_hooks(cfg, ranks, experts, averages, encoded, reports)
     skips = SkipHook(ranks, limit=cfg.train.max_skipped_steps)
+    stop.progress = saves.progress
     try:
         train(
             _chooser(cfg, experts, ranks),
@@ -165,6 +182,8 @@ def _run(
         saves.save_now(state)
     finally:
         reports.close()
+        stop.progress = None
+        saves.close()
 
 
 def _chooser(cfg: TrainConfig, experts: Sequence[Expert], ranks: Ranks) -> Callable[[Block], Expert]:
@@ -287,11 +306,14 @@ def run_identity(cfg: TrainConfig, data_digest: str, method: dict[str, Any]) -> 
     }
 
 
-def find_resume(root: Path, mode: str, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
+def find_resume(
+    root: Path, mode: str, identity: dict[str, Any], ranks: Ranks, *, trusted: bool = False
+) -> Checkpoint | None:
     """Return the checkpoint to continue from, None for a fresh run; collective.
 
     Raises:
-        CheckpointError: `mode` is require and there is none, never and there is one, or the run was another one.
+        CheckpointError: `mode` is require and there is none, never and there is one, the run was another one,
+            or another user wrote it and it is not `trusted`.
     """
     found = checkpoints.newest_whole(root) if ranks.is_main and mode != "never" else None
     checkpoint = dist.from_main(found, ranks)
@@ -309,9 +331,15 @@ def find_resume(root: Path, mode: str, identity: dict[str, Any], ranks: Ranks) -
                 f"{checkpoint.folder}: was saved with {name} = {before}, this run has {now}; "
                 "restore it, or choose another run_dir."
             )
-    checkpoints.check_world_size(checkpoint, ranks.world_size)
+    problem = None
     if ranks.is_main:
-        checkpoints.set_aside_newer(root, checkpoint.step)
+        try:
+            checkpoint.require_own(trusted=trusted, option="checkpoint.trust=true")
+            checkpoints.set_aside_newer(root, checkpoint.step)
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+    if problem := dist.from_main(problem, ranks):
+        raise CheckpointError(problem)
     return checkpoint
 
 
@@ -320,7 +348,7 @@ def resume(experts: Sequence[Expert], checkpoint: Checkpoint | None) -> TrainSta
     if checkpoint is None:
         return TrainState()
     exclude_frozen = checkpoint.state["method"]["kind"] != "full"
-    checkpoints.restore(engines_of(experts), checkpoint, exclude_frozen=exclude_frozen)
+    restore(engines_of(experts), checkpoint, exclude_frozen=exclude_frozen)
     logger.info("resumed from %s", checkpoint.folder)
     state = checkpoint.state
     return TrainState(checkpoint.step, state["epoch"], state["block"], dict(state["component_steps"]))

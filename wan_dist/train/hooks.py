@@ -1,14 +1,17 @@
 """What happens after steps: skipped ones named, states saved."""
 
+import contextlib
 import logging
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wan_dist.core.errors import TrainingError
-from wan_dist.io import checkpoint as checkpoints
+from torch import Tensor
+
+from wan_dist.core.errors import CheckpointError, TrainingError
+from wan_dist.io.run_folder import write_status
+from wan_dist.io.saving import Outcome, Saver
 from wan_dist.parallel.dist import Ranks, mean_over_ranks
 from wan_dist.train.loop import StepResult, TrainState
 
@@ -48,7 +51,7 @@ class SkipHook:
 
 
 class CheckpointHook:
-    """Saves every `every` steps and, through `save_now`, whenever asked."""
+    """Saves every `every` steps and, through `save_now`, whenever asked; training waits for a snapshot only."""
 
     def __init__(
         self,
@@ -62,6 +65,9 @@ class CheckpointHook:
         saved_step: int,
         zero_stage: int,
         exclude_frozen: bool,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+        ema: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         """Remember where and what to save.
 
@@ -70,46 +76,87 @@ class CheckpointHook:
             root: the run's checkpoints folder.
             ranks: this process's place.
             every: steps between saves; 0 only when asked.
-            keep_last: checkpoints kept.
+            keep_last: newest checkpoints kept.
             identity: JSON values that a resume must find unchanged, and what export needs.
             saved_step: the step that is on disk already, or 0.
             zero_stage: ZeRO stage of the engines.
             exclude_frozen: leave weights that are not trained out of checkpoints.
+            keep_every: steps whose multiples are kept for good; 0 for none.
+            asynchronous: write while training goes on.
+            ema: this rank's averaged flat tensors by component.
         """
-        self._engines, self._root, self._ranks = engines, root, ranks
+        self._engines, self._run_dir, self._ranks, self._ema = engines, root.parent, ranks, ema
         self._zero_stage, self._exclude_frozen = zero_stage, exclude_frozen
-        self._every, self._keep_last, self._identity = every, keep_last, identity
+        self._every, self._identity, self._asynchronous = every, identity, asynchronous
         self._saved_step = saved_step
+        self._saver = Saver(root, ranks.device, asynchronous=asynchronous, keep_last=keep_last, keep_every=keep_every)
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        """Save when due."""
+        """Commit the save under way if it is written, and begin the next one when due."""
+        self._tell(self._saver.poll())
         if self._every and state.step % self._every == 0:
             self._check_finite(state, result)
-            self.save_now(state)
+            self._tell(self._saver.wait())
+            self._start(state)
+            if not self._asynchronous:
+                self._tell(self._saver.wait())
 
     def save_now(self, state: TrainState) -> None:
-        """Save this state unless it is on disk already; collective."""
+        """Save this state unless it is on disk already, and wait for it; collective.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        self._tell(self._saver.wait())
         if self._saved_step == state.step:
             return
-        started = time.perf_counter()
+        if self._ranks.is_main:
+            with contextlib.suppress(OSError):
+                write_status(self._run_dir, "saving", step=state.step)
+        self._start(state)
+        outcome = self._tell(self._saver.wait())
+        if outcome and outcome.problem:
+            kept = f"step {self._saved_step} is the last one saved" if self._saved_step else "nothing was saved before"
+            raise CheckpointError(f"step {state.step} could not be saved: {outcome.problem}; {kept}.")
+
+    def progress(self) -> object | None:
+        """Return what changes while a save makes progress, None with no save under way; any thread may ask."""
+        return self._saver.progress()
+
+    def close(self) -> None:
+        """End the writer process; a save that was not committed is lost."""
+        self._saver.close()
+
+    def _start(self, state: TrainState) -> None:
         payload = {
             **self._identity,
             "epoch": state.epoch,
             "block": state.block,
             "component_steps": state.component_steps,
         }
-        folder = checkpoints.save(
+        self._saver.start(
             self._engines,
-            self._root,
             state.step,
             payload,
             zero_stage=self._zero_stage,
             exclude_frozen=self._exclude_frozen,
+            ema=self._ema,
         )
-        self._saved_step = state.step
-        if self._ranks.is_main:
-            logger.info("saved %s in %.1f s", folder, time.perf_counter() - started)
-            checkpoints.prune(self._root, self._keep_last)
+
+    def _tell(self, outcome: Outcome | None) -> Outcome | None:
+        """Log how a save ended, on rank 0, and return it."""
+        if outcome is None:
+            return None
+        if outcome.problem is None:
+            self._saved_step = outcome.step
+        if self._ranks.is_main and outcome.problem:
+            logger.error(
+                "step %d was NOT saved: %s. The previous checkpoint is untouched; the next save tries again.",
+                *(outcome.step, outcome.problem),
+            )
+        elif self._ranks.is_main:
+            logger.info("saved %s in %.1f s; training waited %.2f s", outcome.folder, outcome.total_s, outcome.stall_s)
+        return outcome
 
     def _check_finite(self, state: TrainState, result: StepResult) -> None:
         if not result.skipped and not math.isfinite(mean_over_ranks(float(result.loss.item()), self._ranks)):
