@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tests.distributed import engines
 from wan_dist.core.errors import CheckpointError
 from wan_dist.io.checkpoint import read_manifest
+from wan_dist.io.component_weights import trained_tensors
 from wan_dist.io.repartition import flats_of
-from wan_dist.io.restoring import restore
+from wan_dist.io.restoring import restore, restore_averages
 from wan_dist.io.saving import Saver
 from wan_dist.io.zero_shards import read_master_weights
 
@@ -35,6 +36,7 @@ CASES: dict[str, tuple[int, str, bool, bool, str]] = {
     "zero3-sgd": (3, "fp32", False, False, "sgd"),
     "zero3-factored": (3, "fp32", False, False, "factored"),
 }
+AVERAGED = ("zero3", "zero2")  # their averages are half of the weights
 STEPS = range(3)
 MORE = range(3, 5)
 
@@ -54,7 +56,7 @@ def save(out: Path, rank: int) -> None:
         engine = built(name, seed=1)
         engines.train(engine, STEPS)
         saver = Saver(out / name, torch.device("cpu"), asynchronous=name != "zero2", keep_last=1)
-        ema = {"transformer": average(engine)} if name == "zero3" else None
+        ema = {"transformer": average(engine)} if name in AVERAGED else None
         saver.start({"transformer": engine}, 3, {"epoch": 0}, zero_stage=stage, exclude_frozen=excluded, ema=ema)
         outcome = saver.wait()
         assert outcome is not None
@@ -75,6 +77,10 @@ def export(out: Path, name: str) -> None:
     ours = read_master_weights(folder / "transformer")
     joined = {n: torch.cat([p.clone() for p in t.pieces]).reshape(t.shape) for n, t in ours.items()}
     save_file(joined, out / f"{name}.ours.safetensors")
+    if name in AVERAGED:
+        averaged = trained_tensors(read_manifest(folder), "transformer", ema=True)
+        for key, tensor in averaged.items():
+            assert torch.equal(torch.cat([p.clone() for p in tensor.pieces]).reshape(tensor.shape), joined[key] * 0.5)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.suppress(ValueError), contextlib.redirect_stdout(io.StringIO()):
@@ -85,7 +91,7 @@ def export(out: Path, name: str) -> None:
 
 def resume(out: Path, rank: int, world_size: int) -> None:
     """Resume every case; with other sub-groups and offloading too; compare with what was live."""
-    for name, (_, _, _, excluded, _) in CASES.items():
+    for name, (stage, _, _, excluded, _) in CASES.items():
         checkpoint = read_manifest(out / name / "step-00000003")
         saved = load_file(out / f"{name}.safetensors")
         variants: list[dict[str, Any]] = [{}, {"sub_group": 500, "offload": True}] if name == "zero3" else [{}]
@@ -93,13 +99,15 @@ def resume(out: Path, rank: int, world_size: int) -> None:
             engine = built(name, seed=99, **changes)
             if CASES[name][3]:
                 _copy_base(engine, built(name, seed=1))
-            ema = [torch.zeros_like(flat) for flat in flats_of(engine)] if name == "zero3" else []
+            ema = [torch.zeros_like(flat) for flat in flats_of(engine)] if name in AVERAGED else []
             parts = {"transformer": engine}
             if name == "zero3-factored" and world_size != 2:
                 with pytest.raises(CheckpointError, match="does not go element by element"):
                     restore(parts, checkpoint, exclude_frozen=excluded)
                 continue
-            restore(parts, checkpoint, exclude_frozen=excluded, ema={"transformer": ema} if ema else None)
+            restore(parts, checkpoint, exclude_frozen=excluded)
+            absent = restore_averages(parts, checkpoint, {"transformer": ema or flats_of(engine)} if stage else {})
+            assert absent == ([] if ema or not stage else ["transformer"])
             state = engines.full_state(engine)
             assert set(state) == set(saved), (name, set(state) ^ set(saved))
             for key, value in state.items():

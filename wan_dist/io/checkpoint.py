@@ -89,6 +89,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def average_name(rank: int) -> str:
+    """Return the file of a rank's running average in a component's folder."""
+    return f"ema-{rank:05d}.safetensors"
+
+
 def step_of(folder: Path) -> int:
     """Return the step that a checkpoint folder's name says.
 
@@ -109,6 +114,8 @@ def read_manifest(folder: Path) -> Checkpoint:
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text())
+        if "step" not in manifest:  # shards have a manifest too
+            raise CheckpointError(f"{path}: not a checkpoint's; give a run folder or one of its checkpoints.")
         if manifest["version"] != MANIFEST_VERSION:
             raise CheckpointError(f"{path}: version {manifest['version']}, this program reads {MANIFEST_VERSION}.")
         if not trust.is_intact(manifest):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from wan_dist.adapters.lora_files import LoraModule, LoraWeights
 from wan_dist.core.errors import CheckpointError, ModelError
-from wan_dist.io.checkpoint import Checkpoint, newest_whole, read_manifest, step_folders
+from wan_dist.io.checkpoint import Checkpoint, average_name, newest_whole, read_manifest, step_folders
 from wan_dist.io.model_files import open_model
 from wan_dist.io.run_folder import checkpoints_dir
 from wan_dist.io.tensor_stream import TensorStream, of_shards, with_loras
@@ -166,15 +166,16 @@ def _averaged(shards: Shards) -> Shards:
     """Return shards whose flat groups are the running average, one safetensors file per rank in the same layout."""
     flats = []
     for rank, groups in enumerate(shards.flats):
-        path = shards.folder / f"ema-{rank:05d}.safetensors"
+        path = shards.folder / average_name(rank)
         if not path.is_file():
-            raise CheckpointError(f"{path}: absent; this run kept no average (train.ema), leave --ema out.")
+            raise CheckpointError(f"{path}: absent; this run kept no average (train.ema_decay), leave --ema out.")
         try:
             handle = safe_open(path, framework="pt").__enter__()  # stays open: its mapping is read later
             flats.append([handle.get_tensor(f"group_{number:04d}") for number in range(len(groups))])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}).") from None
         for number, (average, group) in enumerate(zip(flats[-1], groups, strict=True)):
-            if average.numel() != group.numel():
+            # Below ZeRO-3 DeepSpeed saves the weights without the padding at the end, which the average has.
+            if average.numel() < group.numel():
                 raise CheckpointError(f"{path}: group {number} has {average.numel()} elements, not {group.numel()}.")
     return dataclasses.replace(shards, flats=tuple(flats))

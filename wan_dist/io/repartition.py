@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from wan_dist.core.errors import CheckpointError
+from wan_dist.io.checkpoint import average_name
 from wan_dist.io.zero_layout import Group, Segment, partition_each, partition_whole, pieces_of
 from wan_dist.io.zero_shards import Shards
 
@@ -84,11 +85,9 @@ class Repartitioned:
             return model
         return {"optimizer_state_dict": self._optimizer_state()}
 
-    def ema(self, folder: Path) -> list[Tensor]:
+    def average(self, folder: Path) -> list[Tensor]:
         """Return this rank's averaged weights, one flat tensor per group, from the files of the old ranks."""
-        sources = [
-            safe_open(folder / f"ema-{rank:05d}.safetensors", framework="pt") for rank in range(self._shards.world_size)
-        ]
+        sources = [safe_open(folder / average_name(rank), framework="pt") for rank in range(self._shards.world_size)]
         flats = [
             [handle.get_tensor(f"group_{number:04d}") for number in range(len(self._shards.groups))]
             for handle in sources

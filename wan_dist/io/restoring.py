@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wan_dist.core.errors import CheckpointError
 from wan_dist.io import random_state
-from wan_dist.io.checkpoint import Checkpoint
+from wan_dist.io.checkpoint import Checkpoint, average_name
 from wan_dist.io.repartition import Repartitioned, layout_of, reading_through
 from wan_dist.io.zero_layout import Group
 from wan_dist.io.zero_shards import open_shards
@@ -27,7 +27,6 @@ def restore(
     checkpoint: Checkpoint,
     *,
     exclude_frozen: bool,
-    ema: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> None:
     """Load weights, optimizer state and this rank's random state; collective.
 
@@ -37,12 +36,10 @@ def restore(
         engines: the DeepSpeed engine of each component, fresh.
         checkpoint: what to continue from, verified and trusted.
         exclude_frozen: whether it was saved without frozen weights, which then keep what the engines hold.
-        ema: this rank's averaged flat tensors by component, filled in place.
 
     Raises:
         CheckpointError: another ZeRO stage or other parameters, or DeepSpeed could not load it.
     """
-    rank = dist.get_rank()
     for component, engine in engines.items():
         if engine.zero_optimization_stage() != checkpoint.zero_stage:
             raise CheckpointError(
@@ -53,9 +50,27 @@ def restore(
         source = _repartitioned(engine, checkpoint, component)
         _load(engine, checkpoint.folder, component, strict=not exclude_frozen, source=source)
         _reapply(engine, configured)
-        if ema and component in ema:
-            _restore_ema(ema[component], checkpoint.folder / component, rank, source)
-    random_state.restore(checkpoint.folder, rank)
+    random_state.restore(checkpoint.folder, dist.get_rank())
+
+
+def restore_averages(
+    engines: Mapping[str, Any], checkpoint: Checkpoint, averages: Mapping[str, Sequence[Tensor]]
+) -> list[str]:
+    """Fill this rank's running averages in place, and return the components of which the checkpoint holds none.
+
+    Args:
+        engines: the DeepSpeed engine of each component.
+        checkpoint: what was restored.
+        averages: flat tensors by component, one per group of the engine's optimizer.
+    """
+    absent = []
+    for component, targets in averages.items():
+        if f"{component}/{average_name(0)}" not in checkpoint.files:
+            absent.append(component)
+            continue
+        source = _repartitioned(engines[component], checkpoint, component)
+        _restore_average(targets, checkpoint.folder / component, source)
+    return absent
 
 
 def _repartitioned(engine: Any, checkpoint: Checkpoint, component: str) -> Repartitioned | None:
@@ -110,11 +125,11 @@ def _reapply(engine: Any, configured: Sequence[Mapping[str, Any]]) -> None:
                 state["step"] = int(state["step"].item())
 
 
-def _restore_ema(targets: Sequence[Tensor], folder: Path, rank: int, source: Repartitioned | None) -> None:
+def _restore_average(targets: Sequence[Tensor], folder: Path, source: Repartitioned | None) -> None:
     if source:
-        flats = source.ema(folder)
+        flats = source.average(folder)
     else:
-        saved = load_file(folder / f"ema-{rank:05d}.safetensors")
+        saved = load_file(folder / average_name(dist.get_rank()))
         flats = [saved[f"group_{number:04d}"] for number in range(len(saved))]
     for target, flat in zip(targets, flats, strict=True):
         target.copy_(flat)

@@ -140,7 +140,7 @@ class Saver:
         )
         for component, flats in (ema or {}).items():
             tensors = {f"group_{number:04d}": flat for number, flat in enumerate(flats)}
-            self._keep_tensors(folder / component / f"ema-{rank:05d}.safetensors", tensors)
+            self._keep_tensors(folder / component / checkpoints.average_name(rank), tensors)
         self._keep_tensors(folder / random_state.file_name(rank), random_state.snapshot())
         pending.stall_s = time.perf_counter() - started
 
@@ -207,10 +207,11 @@ class Saver:
     def _keep(self, path: Path, image_of: Callable[[], FileImage], write: Callable[[IO[bytes]], None]) -> None:
         """Have a file written, by the writer process if its image fits into memory, else here and now."""
         assert self._pending is not None
+        if self._pending.failure:
+            return  # the rest of a save that failed already
         name = path.relative_to(self._pending.folder).as_posix()
         try:
             if self._asynchronous and self._hand_over(path, name, image_of):
-                self._pending.waiting.add(str(path))
                 return
             self._pending.files[name] = _write_now(path, write)
         except Exception as error:  # every rank must reach the agreement on this save, whatever went wrong here
@@ -233,9 +234,16 @@ class Saver:
                 )
             return False
         image.copy_to(slot.tensor.narrow(0, 0, image.size))
-        if self._writer is None:
-            self._writer = WriterProcess()
-        self._writer.write(path, slot, image.size)
+        if self._writer and not self._writer.alive:
+            self._lose_writer()
+        self._writer = self._writer or WriterProcess()
+        assert self._pending is not None
+        try:
+            self._writer.write(path, slot, image.size)
+            self._pending.waiting.add(str(path))
+        except OSError as error:
+            self._fail(f"the writer process ended ({error})")
+            self._lose_writer()
         return True
 
     def _listen(self, wait_s: float) -> None:
@@ -248,9 +256,7 @@ class Saver:
             answers = self._writer.answers(wait_s=wait_s)
         except OSError as error:
             self._fail(f"the writer process ended ({error})")
-            self._writer.close()
-            self._writer = None
-            pending.waiting.clear()
+            self._lose_writer()
             return
         for answer in answers:
             if answer["file"] not in pending.waiting:
@@ -261,6 +267,16 @@ class Saver:
                 self._fail(f"{name}: {error}")
             else:
                 pending.files[name] = {"bytes": answer["bytes"], "sha256": answer["sha256"]}
+
+    def _lose_writer(self) -> None:
+        """Forget a writer process that ended, and what it was asked for; the next file gets a new one."""
+        assert self._pending is not None
+        if self._pending.waiting:
+            self._fail("the writer process ended")
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+        self._pending.waiting.clear()
 
     def _fail(self, why: str) -> None:
         assert self._pending is not None

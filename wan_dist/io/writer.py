@@ -129,6 +129,11 @@ class WriterProcess:
         """Its process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
     def write(self, path: Path, slot: Slot, size: int) -> None:
         """Have the first `size` bytes of a slot written to `path`; the slot must stay as it is until the answer.
 

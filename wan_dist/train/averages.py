@@ -7,12 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from wan_dist.io.repartition import flats_of
+
 
 class Average(Protocol):
     """Averaged weights of one component."""
 
     def tensors(self) -> Sequence[Tensor]:
-        """Return this rank's averaged flat fp32 tensors, one per group of `master_shards`."""
+        """Return this rank's averaged flat fp32 tensors, one per group of `flats_of`."""
         ...
 
     def update(self, step: int) -> None:
@@ -35,7 +37,7 @@ class ExponentialAverage:
             device: where the average lives.
         """
         self._engine, self._decay = engine, decay
-        self._tensors = [shard.detach().to(device, copy=True) for shard in master_shards(engine)]
+        self._tensors = [shard.detach().to(device, copy=True) for shard in flats_of(engine)]
 
     def tensors(self) -> Sequence[Tensor]:
         """Return the average; a resume fills it in place."""
@@ -45,7 +47,7 @@ class ExponentialAverage:
     def update(self, step: int) -> None:
         """Move toward the weights."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        for average, shard in zip(self._tensors, master_shards(self._engine), strict=True):
+        for average, shard in zip(self._tensors, flats_of(self._engine), strict=True):
             average.lerp_(shard.to(average.device), 1.0 - decay)
 
 
@@ -62,7 +64,7 @@ class ScheduleFreeAverage:
         optimizer = self._engine.optimizer.optimizer
         (beta1, _), *_ = [group["betas"] for group in optimizer.param_groups]
         found = []
-        for shard in master_shards(self._engine):
+        for shard in flats_of(self._engine):
             z = optimizer.state.get(shard, {}).get("z")
             found.append(shard.detach().clone() if z is None else torch.lerp(shard.detach(), z, 1.0 - 1.0 / beta1))
         return found
@@ -91,22 +93,13 @@ class AverageTensors(Mapping[str, Sequence[Tensor]]):
         return len(self._averages)
 
 
-def master_shards(engine: Any) -> list[Tensor]:
-    """Return the flat fp32 weights that this rank's optimizer steps, one per group."""
-    optimizer = engine.optimizer
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(optimizer, name):
-            return list(getattr(optimizer, name))
-    raise ValueError(f"{type(optimizer).__name__} keeps no flat fp32 weights; averages need ZeRO stage 1, 2 or 3")
-
-
 @contextlib.contextmanager
 @torch.no_grad()
 def averaged_weights(engines: Mapping[str, Any], averages: Mapping[str, Average]) -> Iterator[None]:
     """Compute with averaged weights inside of the context; collective. Afterwards all is bit for bit as before."""
     kept: dict[str, list[Tensor]] = {}
     for component, average in averages.items():
-        shards = master_shards(engines[component])
+        shards = flats_of(engines[component])
         tensors = average.tensors()  # before the shards change, from which some averages are computed
         kept[component] = [shard.clone() for shard in shards]
         for shard, tensor in zip(shards, tensors, strict=True):
@@ -116,7 +109,7 @@ def averaged_weights(engines: Mapping[str, Any], averages: Mapping[str, Average]
         yield
     finally:
         for component, tensors in kept.items():
-            for shard, tensor in zip(master_shards(engines[component]), tensors, strict=True):
+            for shard, tensor in zip(flats_of(engines[component]), tensors, strict=True):
                 shard.copy_(tensor)
             _publish(engines[component])
 

@@ -4,19 +4,15 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from wan_dist.config.check import check_paths
 from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.buckets import make_buckets
-from wan_dist.core.errors import CheckpointError, ConfigError
+from wan_dist.core.errors import ConfigError
 from wan_dist.core.order import Block
-from wan_dist.io import checkpoint as checkpoints
-from wan_dist.io.base_weights import base_digests
-from wan_dist.io.checkpoint import Checkpoint
-from wan_dist.io.restoring import restore
-from wan_dist.io.run_folder import checkpoints_dir, claim_run, describe_run, mark_failed, write_status
+from wan_dist.io.run_folder import checkpoints_dir, describe_run, mark_failed, write_status
 from wan_dist.models.wan.transformer import read_transformer_config
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel import dist
@@ -25,7 +21,7 @@ from wan_dist.parallel.ds_config import accumulation_steps
 from wan_dist.parallel.load import tensor_files
 from wan_dist.parallel.sequence import check_heads
 from wan_dist.parallel.shutdown import StopRequest
-from wan_dist.train.averages import Average
+from wan_dist.train.averages import Average, AverageTensors
 from wan_dist.train.build_data import Batches, open_batches
 from wan_dist.train.build_flow import sigma_sampler
 from wan_dist.train.embedding import COMPONENT, build_embedding_engine
@@ -36,6 +32,7 @@ from wan_dist.train.loop import TrainState, train
 from wan_dist.train.objective import Objective
 from wan_dist.train.objective_options import objective_options
 from wan_dist.train.optimizers import check_extra
+from wan_dist.train.resuming import claim, find_resume, resume, resume_averages, run_identity, trained_upon
 from wan_dist.train.schedules import ScheduleShape, learning_rate
 from wan_dist.train.watching import (
     Encoded,
@@ -48,8 +45,6 @@ from wan_dist.train.watching import (
 
 logger = logging.getLogger(__name__)
 
-# A resumed run would not be the same run if one of these differed; the model folder may have moved.
-_UNCHANGED = ("variant", "components", "method", "base_sha256", "data_digest", "seed", "global_batch_size")
 OnStep = Callable[[TrainState, float | None], None]
 
 
@@ -74,9 +69,9 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
     run_dir = Path(cfg.run_dir)
     batches, digest = build_batches(cfg, ranks)
-    identity = run_identity(cfg, digest, method)
-    claim = _claim(run_dir, ranks)
-    identity["base_sha256"] = _base_digests(cfg, run_dir, ranks)
+    identity = run_identity(cfg, component_names(cfg), digest, method)
+    claimed = claim(run_dir, ranks)
+    identity["base_sha256"] = trained_upon(cfg, run_dir, ranks)
     checkpoint = find_resume(
         checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks, trusted=cfg.checkpoint.trust
     )
@@ -88,8 +83,9 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     try:
         encoded = encode_watched(cfg, ranks)
         experts = build_experts(cfg, get_variant(cfg.model.variant), ds_config, ranks)
-        averages = build_averages(cfg, engines_of(experts), ranks)
-        state = resume(experts, checkpoint)
+        state = resume(engines_of(experts), checkpoint)
+        averages = build_averages(cfg, engines_of(experts), ranks)  # of the restored weights
+        resume_averages(engines_of(experts), averages, checkpoint)
         _run(cfg, ranks, stop, experts, averages, encoded, batches, identity, state, on_step)
     except Exception as error:
         if ranks.is_main:
@@ -97,31 +93,9 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         raise
     finally:
         batches.close()
-        if claim:
-            claim.close()
+        if claimed:
+            claimed.close()
     return _finish(run_dir, ranks, stop, state, cfg.train.num_steps)
-
-
-def _claim(run_dir: Path, ranks: Ranks) -> IO[str] | None:
-    """Return rank 0's claim on the run folder, None elsewhere; collective, refused on all ranks alike."""
-    claim, problem = None, None
-    if ranks.is_main:
-        try:
-            claim = claim_run(run_dir)
-        except CheckpointError as error:
-            problem = str(error)
-    if problem := dist.from_main(problem, ranks):
-        raise CheckpointError(problem)
-    return claim
-
-
-def _base_digests(cfg: TrainConfig, run_dir: Path, ranks: Ranks) -> dict[str, str]:
-    """Return the digests of the weights that a run trains upon and does not save; collective, none for a full run."""
-    if cfg.method.kind == "full":
-        return {}
-    names = list(dict.fromkeys(component_of(e) for e in expert_names(cfg, get_variant(cfg.model.variant))))
-    digests = base_digests(Path(cfg.model.path), names, run_dir) if ranks.is_main else {}
-    return dist.from_main(digests, ranks)
 
 
 def _check_transformers(cfg: TrainConfig) -> dict[str, Any]:
@@ -166,6 +140,7 @@ def _run(
         exclude_frozen=cfg.method.kind != "full",
         keep_every=cfg.checkpoint.keep_every,
         asynchronous=cfg.checkpoint.asynchronous,
+        ema=AverageTensors(averages) if averages else None,
     )
     watchers = watching_hooks(cfg, ranks, experts, averages, encoded, reports)
     skips = SkipHook(ranks, limit=cfg.train.max_skipped_steps)
@@ -290,68 +265,6 @@ def build_objective(cfg: TrainConfig, variant: WanVariant, expert: str) -> Objec
     """Return the flow matching objective on the noise range of an expert."""
     sampler = sigma_sampler(cfg.flow, variant).within(*sigma_range(variant, expert))
     return Objective(sampler, DTYPES[cfg.model.dtype], cfg.train.seed, **objective_options(cfg, variant))
-
-
-def run_identity(cfg: TrainConfig, data_digest: str, method: dict[str, Any]) -> dict[str, Any]:
-    """Return what identifies a run in its checkpoints, for resume and for export."""
-    return {
-        "variant": cfg.model.variant,
-        "model_path": str(Path(cfg.model.path).resolve()),
-        "components": component_names(cfg),
-        "method": method,
-        "data_digest": data_digest,
-        "seed": cfg.train.seed,
-        "global_batch_size": cfg.train.global_batch_size,
-        "dtype": cfg.model.dtype,
-    }
-
-
-def find_resume(
-    root: Path, mode: str, identity: dict[str, Any], ranks: Ranks, *, trusted: bool = False
-) -> Checkpoint | None:
-    """Return the checkpoint to continue from, None for a fresh run; collective.
-
-    Raises:
-        CheckpointError: `mode` is require and there is none, never and there is one, the run was another one,
-            or another user wrote it and it is not `trusted`.
-    """
-    found = checkpoints.newest_whole(root) if ranks.is_main and mode != "never" else None
-    checkpoint = dist.from_main(found, ranks)
-    if checkpoint is None:
-        if mode == "require":
-            raise CheckpointError(f"{root}: checkpoint.resume is require, and no whole checkpoint is there.")
-        if checkpoints.step_folders(root):
-            reason = "checkpoint.resume is never" if mode == "never" else "none of them is whole"
-            raise CheckpointError(f"{root}: has checkpoints, but {reason}; choose another run_dir or delete them.")
-        return None
-    for name in _UNCHANGED:
-        before, now = checkpoint.state.get(name), identity[name]
-        if before != now:
-            raise CheckpointError(
-                f"{checkpoint.folder}: was saved with {name} = {before}, this run has {now}; "
-                "restore it, or choose another run_dir."
-            )
-    problem = None
-    if ranks.is_main:
-        try:
-            checkpoint.require_own(trusted=trusted, option="checkpoint.trust=true")
-            checkpoints.set_aside_newer(root, checkpoint.step)
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
-    if problem := dist.from_main(problem, ranks):
-        raise CheckpointError(problem)
-    return checkpoint
-
-
-def resume(experts: Sequence[Expert], checkpoint: Checkpoint | None) -> TrainState:
-    """Return where to continue, the engines restored; a fresh state without a checkpoint."""
-    if checkpoint is None:
-        return TrainState()
-    exclude_frozen = checkpoint.state["method"]["kind"] != "full"
-    restore(engines_of(experts), checkpoint, exclude_frozen=exclude_frozen)
-    logger.info("resumed from %s", checkpoint.folder)
-    state = checkpoint.state
-    return TrainState(checkpoint.step, state["epoch"], state["block"], dict(state["component_steps"]))
 
 
 def _learning_rates(cfg: TrainConfig, expert: str) -> Callable[[int], float]:
