@@ -113,7 +113,7 @@ def refused_resumes(material: Material, done: Job) -> dict[str, Finished]:
         name: ("train", done.config, QUIET, f"run_dir={copies[name]}", *[change.format(**names) for change in changes])
         for name, (changes, _) in RESUME.items()
     }
-    commands["ranks"] = ("launch", done.config, "--num-gpus", 2, QUIET, f"run_dir={copies['ranks']}")
+    commands["ranks"] = ("launch", done.config, "--num-gpus", 2, QUIET, f"run_dir={copies['ranks']}", "train.seed=5")
     return run_all(commands)
 
 
@@ -123,7 +123,7 @@ def test_a_resume_that_would_be_another_run_names_the_field(refused_resumes: dic
 
 
 def test_a_mistake_is_said_once_by_two_ranks(refused_resumes: dict[str, Finished]) -> None:
-    assert_one_line(refused_resumes["ranks"], 1, "written by 1 ranks, this job has 2; start it with 1")
+    assert_one_line(refused_resumes["ranks"], 1, "was saved with seed = 0, this run has 5")
 
 
 def test_a_refused_start_leaves_the_run_folder_as_it_was(refused_resumes: dict[str, Finished], done: Job) -> None:

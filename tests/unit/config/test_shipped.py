@@ -14,7 +14,7 @@ def test_every_variant_and_expert_has_a_config():
     shipped = {(cfg.model.variant, cfg.model.expert) for cfg in map(load_config, train_configs())}
     wanted = set()
     for variant in VARIANTS.values():
-        experts = variant.experts if variant.num_transformers > 1 else (None,)
+        experts = (*variant.experts, "both") if variant.num_transformers > 1 else (None,)
         wanted |= {(variant.name, expert) for expert in experts}
     assert shipped == wanted
 
