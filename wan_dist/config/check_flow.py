@@ -23,14 +23,20 @@ def flow_problems(values: Mapping[str, Any]) -> list[Problem]:
     Args:
         values: dotted key to value, well-typed; a check whose keys are not all there is left out.
     """
-    problems = _unread_keys(values)
-    scale = values.get("flow.mode_scale", 0.0)
-    from wan_dist.core.unit_distributions import MAX_MODE_SCALE  # here: it imports torch, and --help must not
-
-    if not -1.0 <= scale <= MAX_MODE_SCALE:
-        text = f"flow.mode_scale = {scale} is not in [-1, {MAX_MODE_SCALE:.4f}]; use for example 1.29."
-        problems.append(Problem(("flow", "mode_scale"), text))
+    problems = _unread_keys(values) + _mode_problems(values)
     return problems + _range_problems(values) + _shift_problems(values)
+
+
+def _mode_problems(values: Mapping[str, Any]) -> list[Problem]:
+    if values.get("flow.sampling") != "mode" or "flow.mode_scale" not in values:
+        return []
+    from wan_dist.core.unit_distributions import MAX_MODE_SCALE  # here: importing torch takes seconds
+
+    scale = values["flow.mode_scale"]
+    if -1.0 <= scale <= MAX_MODE_SCALE:
+        return []
+    text = f"flow.mode_scale = {scale} is not in [-1, {MAX_MODE_SCALE:.4f}]; use for example 1.29."
+    return [Problem(("flow", "mode_scale"), text)]
 
 
 def _unread_keys(values: Mapping[str, Any]) -> list[Problem]:

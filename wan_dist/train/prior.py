@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from wan_dist.models.wan.forward import predict_velocity
@@ -37,6 +36,8 @@ def adapters_off(model: Any) -> Iterator[None]:
     Args:
         model: the model, or an engine around it.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer  # seconds to import, and not needed in every run
+
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     assert layers, "a model without adapters is its own base"
     before = [layer._disable_adapters for layer in layers]
