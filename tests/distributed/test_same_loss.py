@@ -43,8 +43,9 @@ def on_one_rank(material: Material) -> dict[int, Job]:
 
     with ThreadPoolExecutor(2) as pool:
         jobs: dict[int, Future[Job]] = {micro: pool.submit(train, micro) for micro in (1, 2)}
+    done = {micro: job.result() for micro, job in jobs.items()}
     assert not leftover.exists()
-    return {micro: job.result() for micro, job in jobs.items()}
+    return done
 
 
 @pytest.mark.parametrize("micro", [1, 2])
