@@ -46,7 +46,7 @@ quickstart: .venv/.installed  ## Install, then go from drawn clips to sampled vi
 test: lint  ## Check style, types and layers, then run the tests
 	$(BIN)/python -m pytest
 
-proofs: .venv/.installed-dev  ## Run the long proofs (memorisation and the like)
+proofs: .venv/.installed-dev  ## Run the long proofs (memorisation, kills, faults and the like)
 	$(BIN)/python -m pytest -m proof --timeout 2700
 
 lint: .venv/.installed-dev  ## Check style, types and layers

@@ -61,6 +61,7 @@ def test_a_leftover_build_lock_does_not_hang_a_start(on_one_rank: dict[int, Job]
     assert any("left by a build that was killed" in job.finished.stderr for job in on_one_rank.values())
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_every_launcher_trains_the_same(material: Material, straight: Job, launcher: str) -> None:
     config = material.config(launcher, train={"num_steps": 2})

@@ -73,6 +73,7 @@ def test_sigterm_saves_the_step_reached_and_the_run_resumes(material: Material) 
     assert resumed.status()["state"] == "finished"
 
 
+@pytest.mark.proof
 def test_ctrl_c_ends_the_whole_job(material: Material) -> None:
     job = Endless(material, "ctrl-c")
     job.wait_for_steps()
@@ -82,6 +83,7 @@ def test_ctrl_c_ends_the_whole_job(material: Material) -> None:
     assert "Traceback" not in job.log.read_text()
 
 
+@pytest.mark.proof
 def test_sigterm_to_the_deepspeed_command_leaves_no_orphan(material: Material, straight: Job) -> None:
     words: list[object] = [BIN / "deepspeed", "--num_gpus", 2, "--master_port", 29621, "--module", "wan_dist", "train"]
     job = Endless(material, "deepspeed-sigterm", [*words, None])
@@ -93,6 +95,7 @@ def test_sigterm_to_the_deepspeed_command_leaves_no_orphan(material: Material, s
     assert_stopped_and_saved(job, 128 + signal.SIGTERM)
 
 
+@pytest.mark.proof
 def test_kill_of_the_launch_command_leaves_no_orphan(material: Material) -> None:
     job = Endless(material, "kill-launch")
     job.wait_for_steps()
@@ -101,7 +104,7 @@ def test_kill_of_the_launch_command_leaves_no_orphan(material: Material) -> None
     assert_stopped_and_saved(job, 128 + signal.SIGTERM)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.proof)])
 def test_kill_of_one_rank_ends_the_others(material: Material, rank: int) -> None:
     job = Endless(material, f"kill-rank-{rank}")
     job.wait_for_steps()

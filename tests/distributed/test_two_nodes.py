@@ -5,6 +5,8 @@ import socket
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.conftest import Job, Material, read_rows
 from tests.processes import BIN
 
@@ -17,6 +19,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.proof
 def test_two_nodes_train_as_two_ranks_of_one(material: Material, straight: Job) -> None:
     hostfile = material.folder / "hostfile"
     hostfile.write_text("# two nodes\nnode0 slots=1\n\nnode1 slots=1\n")

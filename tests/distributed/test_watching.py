@@ -70,6 +70,7 @@ def watched(folder: Path) -> Watched:
     return train(folder, folder / "model", "two-ranks", 2, samples=samples)
 
 
+@pytest.mark.proof
 def test_held_out_losses_are_the_same_on_another_number_of_ranks(folder: Path, watched: Watched) -> None:
     """Before training could differ in rounding: at a learning rate of next to nothing. 3 clips do not divide by 2."""
     still = {"optim": {"lr": 1e-12}, "train": {"num_steps": 2, "global_batch_size": 2}, "validation": {"every": 1}}

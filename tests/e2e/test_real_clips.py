@@ -11,6 +11,7 @@ REPOSITORY = Path(__file__).parents[2]
 CLIPS = REPOSITORY.parent / "shared" / "clips"
 
 
+@pytest.mark.proof
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not beside the checkout")
 def test_ten_steps_on_real_clips(tmp_path: Path):
     def run(*words: str) -> str:
