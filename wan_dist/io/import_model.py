@@ -32,6 +32,8 @@ def find_experts(source: Path, variant: str, expert: str | None, low: Path | Non
     """
     if not source.exists():
         raise ModelError(f"{source}: absent.")
+    if (source / "model_index.json").is_file():
+        raise ModelError(f"{source}: is a pipeline in diffusers layout already; train on it as it is.")
     if get_variant(variant).num_transformers == 1:
         if expert or low:
             raise ModelError(f"{variant} has one transformer; leave --expert and --low out.")

@@ -15,7 +15,7 @@ from tests.checkpoints import write_run
 from tests.loras import distance, output_of, tiny_transformer, trained_lora
 from wan_dist.core.errors import CheckpointError
 from wan_dist.io.component_weights import find_checkpoint
-from wan_dist.io.consolidate import Progress, consolidate
+from wan_dist.io.consolidate import LAYOUTS, Export, Progress, consolidate
 from wan_dist.models.wan.build import make_tiny_pipeline
 
 COMPONENTS = ("transformer", "transformer_2")
@@ -133,6 +133,20 @@ def test_the_running_average_is_exported_when_asked_for(base: Path, trained: Any
     run = full_run(tmp_path / "other", base, trained)
     with pytest.raises(CheckpointError, match="kept no average"):
         export(run, tmp_path / "none", ema=True)
+
+
+def test_a_layout_is_one_function_in_a_table(base: Path, trained: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def upper_case(export: Export, folder: Path) -> str:
+        for component, tensors in export.weights.items():
+            export.write(folder, component, {name.upper(): tensor for name, tensor in tensors.items()})
+        return "load_file"
+
+    monkeypatch.setitem(LAYOUTS, "upper case", upper_case)
+    run = full_run(tmp_path / "run", base, {"transformer": trained["transformer"]})
+    out = export(run, tmp_path / "out", "upper case")
+    found = load_file(out / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(found[name.upper()], tensor) for name, tensor in trained["transformer"].items())
+    assert "load_file" in (out / "README.md").read_text()
 
 
 def lora_run(run_dir: Path, base: Path, **options: Any) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -111,6 +111,11 @@ def test_what_is_no_whole_transformer_of_the_variant_is_refused(tmp_path: Path) 
         (tmp_path / "damaged.safetensors").write_bytes(damaged)
         with pytest.raises(ModelError, match="cannot be read as safetensors"):
             call(tmp_path / "damaged.safetensors", tmp_path / "out", "--variant", "ti2v-5B", "--base", base)
+    with pytest.raises(ModelError, match="diffusers layout already"):
+        call(base, tmp_path / "out", "--variant", "ti2v-5B")
+    save_file({"diffusion_model.head.head.lora_A.weight": torch.ones(1, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ModelError, match="holds a LoRA"):
+        call(tmp_path / "lora.safetensors", tmp_path / "out", "--variant", "ti2v-5B")
     (tmp_path / "model.pth").touch()
     with pytest.raises(ModelError, match="pickles"):
         call(tmp_path / "model.pth", tmp_path / "out", "--variant", "ti2v-5B")

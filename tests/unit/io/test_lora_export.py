@@ -13,8 +13,12 @@ from typer.testing import CliRunner
 
 from tests.checkpoints import write_run
 from tests.loras import ALPHA, RANK, Trained, distance, output_of, tiny_transformer, trained_lora
+from wan_dist.adapters.lora_files import LoraModule
+from wan_dist.adapters.lora_formats import LAYOUTS, LoraLayout
 from wan_dist.cli.lora import app
 from wan_dist.core.errors import CheckpointError, ConfigError, ModelError
+from wan_dist.io.component_weights import find_checkpoint
+from wan_dist.io.lora_export import export_loras
 from wan_dist.io.model_files import open_model
 from wan_dist.models.wan.build import make_tiny_pipeline
 from wan_dist.models.wan.keys import COMFYUI_PREFIX, tensor_to_original
@@ -123,6 +127,23 @@ def test_export_says_what_it_is_and_takes_one_expert(run: Path, tmp_path: Path) 
     assert {tensor.dtype for tensor in load_file(one[0]).values()} == {torch.bfloat16}
     with pytest.raises(CheckpointError, match="exists; give a new file"):
         call("export", run, tmp_path / "one.safetensors", "--expert", "low_noise")
+
+
+def test_a_lora_format_is_one_record_in_a_table(run: Path, experts: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def product(name: str, module: LoraModule) -> dict[str, torch.Tensor]:
+        return {f"{name}.product": module.scale * module.b @ module.a}
+
+    toy = LoraLayout(
+        "toy", product, bakes_scale=True, carries_dora=False, header=lambda modules: {"n": f"{len(modules)}"}
+    )
+    monkeypatch.setitem(LAYOUTS, "toy", toy)
+    given: Any = {"layout": "toy", "dtype": torch.float32, "expert": "high_noise"}
+    (file,) = export_loras(find_checkpoint(run), tmp_path / "toy.safetensors", **given)
+    found = load_file(file)
+    for name, module in experts["transformer"].weights.modules.items():
+        torch.testing.assert_close(found[f"{name}.product"], module.scale * module.b @ module.a)
+    with safe_open(file, framework="pt") as handle:
+        assert handle.metadata()["n"] == str(len(found))
 
 
 def test_merge_equals_the_adapters_and_unmerge_the_base(
