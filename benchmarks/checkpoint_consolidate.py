@@ -44,6 +44,9 @@ def run(quick: bool) -> None:
         contestants: dict[str, Callable[[], object]] = {
             "wan_dist, fp32": lambda: ours(source, root / "ours", torch.float32),
             "wan_dist, bf16": lambda: ours(source, root / "ours-bf16", torch.bfloat16),
+            "wan_dist, fp32, no SHA-256 in the header": lambda: ours(
+                source, root / "bare", torch.float32, hashed=False
+            ),
             "wan_dist, fp32, the shards' SHA-256 first": lambda: hashed_first(source, root / "hashed"),
             "DeepSpeed zero_to_fp32": lambda: theirs(source, peer),
             "wan_dist, fp32, as a process with its imports": lambda: process(OURS, source, root / "p"),
@@ -102,7 +105,7 @@ def make_shards(folder: Path, count: int) -> Path:
     return folder
 
 
-def ours(source: Path, out: Path, dtype: torch.dtype) -> None:
+def ours(source: Path, out: Path, dtype: torch.dtype, *, hashed: bool = True) -> None:
     out.mkdir(exist_ok=True)
     tensors = {name: of_shards(tensor) for name, tensor in read_master_weights(source).items()}
     write_sharded(
@@ -111,7 +114,7 @@ def ours(source: Path, out: Path, dtype: torch.dtype) -> None:
         tensors,
         dtype=dtype,
         max_shard_bytes=10**12,
-        metadata={"format": "pt", HASH_KEY: ""},
+        metadata={"format": "pt"} | ({HASH_KEY: ""} if hashed else {}),
         on_bytes=lambda _: None,
     )
 

@@ -23,6 +23,7 @@ def consolidate(
         typer.Option(help="Only this expert; all that were trained otherwise."),
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take the running average instead of the last weights.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say the size, write nothing.")] = False,
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Read a checkpoint that no run of yours wrote: it can run code.")
     ] = False,
@@ -36,7 +37,7 @@ def consolidate(
     """
     from rich.console import Console
 
-    from wan_dist.cli.progress import ByteProgress, progress_bar
+    from wan_dist.cli.progress import ByteProgress, progress_bar, told_size
     from wan_dist.cli.sizes import bytes_of
     from wan_dist.io.component_weights import find_checkpoint
     from wan_dist.io.consolidate import Progress
@@ -55,9 +56,10 @@ def consolidate(
             layout=layout,
             dtype=DTYPES[dtype],
             max_shard_bytes=max_shard_bytes,
-            progress=Progress(told.start, told.advance),
+            progress=Progress(told_size if dry_run else told.start, told.advance),
             expert=expert,
             ema=ema,
             merge_lora=merge_lora,
+            dry_run=dry_run,
         )
     typer.echo(written)

@@ -30,6 +30,7 @@ KeptDtype = Annotated[
     Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Dtype of the result; the source's otherwise.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Size at which a new weight file begins, such as 5GB.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say the size, write nothing.")]
 OneOfTwo = Annotated[
     Literal["transformer", "transformer_2"] | None, typer.Option(help="Which one, of a file that holds both experts.")
 ]
@@ -88,9 +89,10 @@ def merge(
     multiplier_low: MultiplierLow = None,
     dtype: KeptDtype = None,
     max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
 ) -> None:
     """Add LoRAs to a model's weights, one after another, in memory of a few chunks."""
-    _merge(base, out, (lora, multiplier), (lora_low, multiplier_low), 1.0, dtype, max_shard_size)
+    _merge(base, out, (lora, multiplier), (lora_low, multiplier_low), 1.0, dtype, max_shard_size, dry_run)
 
 
 @app.command(epilog="Example: wan-dist lora unmerge merged models/back --lora fox.safetensors --multiplier 0.8")
@@ -103,9 +105,10 @@ def unmerge(
     multiplier_low: MultiplierLow = None,
     dtype: KeptDtype = None,
     max_shard_size: ShardSize = "5GB",
+    dry_run: DryRun = False,
 ) -> None:
     """Take LoRAs out of a model's weights again; what rounding to bf16 lost stays lost."""
-    _merge(base, out, (lora, multiplier), (lora_low, multiplier_low), -1.0, dtype, max_shard_size)
+    _merge(base, out, (lora, multiplier), (lora_low, multiplier_low), -1.0, dtype, max_shard_size, dry_run)
 
 
 @app.command(
@@ -176,10 +179,11 @@ def _merge(
     sign: float,
     dtype: str | None,
     max_shard_size: str,
+    dry_run: bool,
 ) -> None:
     from rich.console import Console
 
-    from wan_dist.cli.progress import ByteProgress, progress_bar
+    from wan_dist.cli.progress import ByteProgress, progress_bar, told_size
     from wan_dist.cli.sizes import bytes_of
     from wan_dist.cli.strengths import with_strengths
     from wan_dist.io.consolidate import Progress
@@ -193,7 +197,7 @@ def _merge(
     max_shard_bytes = bytes_of(max_shard_size, "--max-shard-size")
     with progress_bar(Console(stderr=True)) as bar:
         told = ByteProgress(bar, "merge" if sign > 0 else "unmerge")
-        progress = Progress(told.start, told.advance)
+        progress = Progress(told_size if dry_run else told.start, told.advance)
         kept = DTYPES[dtype] if dtype else None
-        merge_loras(base, out, loras, dtype=kept, max_shard_bytes=max_shard_bytes, progress=progress)
+        merge_loras(base, out, loras, dtype=kept, max_shard_bytes=max_shard_bytes, progress=progress, dry_run=dry_run)
     typer.echo(out)

@@ -51,11 +51,12 @@ def import_weights(
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Dtype of the result; the source's otherwise.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size at which a new weight file begins, such as 5GB.")] = "5GB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say the size, write nothing.")] = False,
 ) -> None:
     """Write official or ComfyUI weights (bf16, fp16, fp32) as a pipeline folder in diffusers layout."""
     from rich.console import Console
 
-    from wan_dist.cli.progress import ByteProgress, progress_bar
+    from wan_dist.cli.progress import ByteProgress, progress_bar, told_size
     from wan_dist.cli.sizes import bytes_of
     from wan_dist.io.consolidate import Progress
     from wan_dist.io.import_model import find_experts, import_model
@@ -75,9 +76,10 @@ def import_weights(
             link=link,
             dtype=DTYPES[dtype] if dtype else None,
             max_shard_bytes=max_shard_bytes,
-            progress=Progress(told.start, told.advance),
+            progress=Progress(told_size if dry_run else told.start, told.advance),
+            dry_run=dry_run,
         )
-    if base is None:
+    if base is None and not dry_run:
         typer.echo("only transformers were written; --base DIR adds the other parts of a pipeline", err=True)
     typer.echo(out)
 

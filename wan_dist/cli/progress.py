@@ -59,6 +59,11 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def told_size(total_bytes: int) -> None:
+    """Say what a dry run would write, of the bytes that are written and read back."""
+    print(f"nothing is written in a dry run: {total_bytes / 2e9:.3f} GB of weights", file=sys.stderr)
+
+
 @contextmanager
 def progress_bar(console: Console, *columns: str) -> Iterator[Progress]:
     """Show a progress bar while the block runs; draws nothing where the console is no terminal.

@@ -94,6 +94,7 @@ def consolidate(
     expert: str | None = None,
     ema: bool = False,
     merge_lora: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Write the trained transformers of a checkpoint in a layout that others load.
 
@@ -107,6 +108,7 @@ def consolidate(
         expert: only this one; None for all that were trained.
         ema: the running average instead of the last weights.
         merge_lora: add the LoRA of the checkpoint to the weights it was trained on.
+        dry_run: check all that can be checked without writing, tell `progress` the size, and stop.
 
     Returns:
         `out`.
@@ -124,12 +126,29 @@ def consolidate(
     size = sum(num_bytes(tensors, dtype) for tensors in weights.values())
     progress.start(2 * size)  # every byte is written once and read back once
     export = Export(checkpoint, weights, out.resolve().name, dtype, max_shard_bytes, ema, progress.advance)
-    with new_folder(out, size + (copied_bytes(base, weights) if layout == "diffusers" else 0)) as folder:
+    size += copied_bytes(base, weights) if layout == "diffusers" else 0
+    if dry_run:
+        check_folder(out, size)
+        return out
+    with new_folder(out, size) as folder:
         usage = LAYOUTS[layout](export, folder)
         label = _DTYPE_LABELS[dtype]
         card = model_card(checkpoint, export.title, layout=layout, dtype=label, ema=ema, usage=usage)
         write_text_atomic(folder / "README.md", card)
     return out
+
+
+def check_folder(out: Path, size: int) -> None:
+    """Return if a folder of `size` bytes can be made.
+
+    Raises:
+        CheckpointError: `out` exists and is not an empty folder, or the disk has no room for it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not empty; give a new folder.")
+    place = next(folder for folder in out.resolve().parents if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < size:
+        raise CheckpointError(f"{out}: needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free.")
 
 
 @contextmanager
@@ -143,15 +162,12 @@ def new_folder(out: Path, size: int) -> Iterator[Path]:
     Raises:
         CheckpointError: `out` exists and is not an empty folder, or the disk has no room for it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not empty; give a new folder.")
+    check_folder(out, size)
     out = out.resolve()  # "." has no name to derive another from
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        if (free := shutil.disk_usage(temporary).free) < size:
-            raise CheckpointError(f"{out}: needs {size / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free.")
         yield temporary
         if out.exists():
             out.rmdir()

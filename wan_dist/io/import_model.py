@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from wan_dist.core.errors import ModelError
-from wan_dist.io.consolidate import Progress, copy_tree, new_folder
+from wan_dist.io.consolidate import Progress, check_folder, copy_tree, new_folder
 from wan_dist.io.hashing import write_json_atomic
 from wan_dist.io.model_files import WEIGHTS_NAME, ModelFiles, open_model, weight_files
 from wan_dist.io.safetensors_stream import num_bytes, write_sharded
@@ -63,6 +63,7 @@ def import_model(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     progress: Progress,
+    dry_run: bool = False,
 ) -> Path:
     """Write transformers in diffusers layout, with the other parts of a pipeline beside them.
 
@@ -76,6 +77,7 @@ def import_model(
         dtype: of the result; None keeps each tensor's.
         max_shard_bytes: size at which a new weight file begins.
         progress: told of bytes written and compared.
+        dry_run: check all that can be checked without writing, tell `progress` the size, and stop.
 
     Returns:
         `out`.
@@ -92,6 +94,9 @@ def import_model(
     }
     size = sum(num_bytes(model.tensors, dtype) for model in opened.values())
     progress.start(2 * size)
+    if dry_run:
+        check_folder(out, size)
+        return out
     with new_folder(out, size) as folder:
         if base:
             _take_parts(base, folder, set(experts), link)

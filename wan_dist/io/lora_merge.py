@@ -11,7 +11,7 @@ import torch
 from wan_dist.adapters.lora_files import LoraWeights, check_expert, read_lora
 from wan_dist.core.errors import CheckpointError, ModelError
 from wan_dist.io.component_weights import merged_weights
-from wan_dist.io.consolidate import Progress, copied_bytes, copy_pipeline, new_folder
+from wan_dist.io.consolidate import Progress, check_folder, copied_bytes, copy_pipeline, new_folder
 from wan_dist.io.hashing import sha256_of
 from wan_dist.io.lora_export import check_free
 from wan_dist.io.model_files import WEIGHTS_NAME, ModelFiles, in_naming, open_model
@@ -43,6 +43,7 @@ def merge_loras(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     progress: Progress,
+    dry_run: bool = False,
 ) -> Path:
     """Write a model with LoRAs in its weights, in the layout of the base.
 
@@ -53,6 +54,7 @@ def merge_loras(
         dtype: of the result; None keeps each tensor's.
         max_shard_bytes: size at which a new weight file begins.
         progress: told of bytes written and compared.
+        dry_run: check all that can be checked without writing, tell `progress` the size, and stop.
 
     Returns:
         `out`.
@@ -77,12 +79,18 @@ def merge_loras(
     size = sum(num_bytes(tensors, dtype) for tensors in merged.values())
     progress.start(2 * size)
     writer = _Writer(dtype, max_shard_bytes, progress)
+    size += copied_bytes(base, merged) if pipeline else 0
     if base.is_file():
         check_free(out)
+    if dry_run:
+        if base.is_dir():
+            check_folder(out, size)
+        return out
+    if base.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         writer.file(out, models["transformer"], merged["transformer"], wanted["transformer"])
         return out
-    with new_folder(out, size + (copied_bytes(base, merged) if pipeline else 0)) as folder:
+    with new_folder(out, size) as folder:
         if pipeline:
             copy_pipeline(base, folder, merged)
         else:

@@ -135,6 +135,17 @@ def test_the_running_average_is_exported_when_asked_for(base: Path, trained: Any
         export(run, tmp_path / "none", ema=True)
 
 
+def test_a_dry_run_checks_and_writes_nothing(base: Path, trained: Any, tmp_path: Path) -> None:
+    run = full_run(tmp_path / "run", base, trained)
+    told: list[int] = []
+    options: Any = {"dtype": torch.bfloat16, "max_shard_bytes": 10**9, "progress": Progress(told.append, told.append)}
+    consolidate(find_checkpoint(run), tmp_path / "out", layout="comfyui", dry_run=True, **options)
+    assert told == [2 * 2 * sum(tensor.numel() for tensors in trained.values() for tensor in tensors.values())]
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        consolidate(find_checkpoint(run), run, layout="diffusers", dry_run=True, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_layout_is_one_function_in_a_table(base: Path, trained: Any, tmp_path: Path, monkeypatch: Any) -> None:
     def upper_case(export: Export, folder: Path) -> str:
         for component, tensors in export.weights.items():

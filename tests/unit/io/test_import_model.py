@@ -52,6 +52,8 @@ def check_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 def test_an_official_folder_comes_back_bit_for_bit(variant: str, tmp_path: Path) -> None:
     base = make_tiny_pipeline(variant, tmp_path / "base")
     official = write_official(tmp_path / "official", base, variant)
+    call(official, tmp_path / "alone", "--variant", variant, "--dry-run")
+    assert not (tmp_path / "alone").exists()
     assert "only transformers were written" in call(official, tmp_path / "alone", "--variant", variant)
     call(official, tmp_path / "whole", "--variant", variant, "--base", base, "--link")
     assert (tmp_path / "whole" / "vae").is_symlink()

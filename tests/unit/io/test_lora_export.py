@@ -164,6 +164,16 @@ def test_merge_equals_the_adapters_and_unmerge_the_base(
     assert [entry["multiplier"] for entry in done] == [1.0, -1.0]
 
 
+def test_a_dry_run_of_a_merge_writes_nothing(base: Path, run: Path, tmp_path: Path) -> None:
+    files = exported(run, tmp_path)
+    call("merge", base, tmp_path / "merged", "--lora", files["transformer"], "--dry-run")
+    with pytest.raises(ModelError, match="is for the low_noise expert"):
+        call("merge", base, tmp_path / "merged", "--lora", files["transformer_2"], "--dry-run")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        call("merge", base, base, "--lora", files["transformer"], "--dry-run")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_experts_are_not_mixed_up_in_silence(base: Path, run: Path, tmp_path: Path) -> None:
     files = exported(run, tmp_path)
     with pytest.raises(ModelError, match="is for the low_noise expert and was given for the high_noise one"):
