@@ -8,7 +8,8 @@ from typing import Any
 
 from wan_dist.core.errors import DataError
 from wan_dist.data.probe import Reject
-from wan_dist.data.reindex import MEDIA_EXTENSIONS, probe_bytes
+from wan_dist.data.reindex import probe_bytes
+from wan_dist.data.source_files import CLIP_EXTENSIONS
 from wan_dist.data.tar_walk import TarMember, walk_tar
 
 _KEYS_SHOWN = 10
@@ -58,7 +59,7 @@ def describe_member(extension: str, content: bytes, name: str) -> Any:
     if kind == "safetensors":
         (length,) = struct.unpack_from("<Q", content)
         return json.loads(content[8 : 8 + length])
-    if kind in MEDIA_EXTENSIONS:
+    if kind in CLIP_EXTENSIONS:
         found = probe_bytes(content, kind, name)
         return {
             "bytes": len(content),

@@ -191,7 +191,7 @@ CASES: Final = [
     Case("concat.mp4", content(b"ffconcat version 1.0\nfile h264.mp4\n"), "unknown_container"),
     Case("hls.mp4", content(b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n"), "unknown_container"),
     Case("dash.mp4", content(b'<?xml version="1.0"?><MPD><BaseURL>http://127.0.0.1:9/</BaseURL></MPD>'), "not_media"),
-    Case("sdp.mp4", content(b"v=0\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n"), "unknown_container"),
+    Case("sdp.mp4", content(b"v=0\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n"), "not_media"),
 ]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wan_dist.core.buckets import Bucket
 from wan_dist.core.errors import DataError
-from wan_dist.data.media import MediaError, Timeline, display_size, open_media, read_timeline, sample_aspect
+from wan_dist.data.media import MediaError, Timeline, display_size, open_media, read_timeline, sample_aspect, told
 from wan_dist.data.timing import available_frames, choose_frames
 
 DECODE_RULES: Final = 1
@@ -92,7 +92,7 @@ def decode_clip(
         if not (_starts_late(timeline, chosen) and _fill(source, chosen, bucket, crop_xy, out, seek=True)):
             _fill(source, chosen, bucket, crop_xy, out, seek=False)
     except (MediaError, FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{name}: cannot be decoded: {error}") from error
+        raise DataError(f"{name}: cannot be decoded: {told(error)}") from error
     return out
 
 
@@ -109,7 +109,7 @@ def frame_times(
             timeline = read_timeline(container, video)
         chosen = _chosen_pts(timeline, num_frames, fps, choice, allow_duplicate_frames)
     except (MediaError, FFmpegError, OSError, ValueError) as error:
-        raise DataError(f"{name}: cannot be decoded: {error}") from error
+        raise DataError(f"{name}: cannot be decoded: {told(error)}") from error
     return [float((pts - timeline.pts[0]) * timeline.time_base) for pts in chosen.tolist()]
 
 

@@ -12,7 +12,7 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from wan_dist.core.errors import ConfigError
-from wan_dist.data.media import MediaError, Source, open_media, read_timeline
+from wan_dist.data.media import MediaError, Source, open_media, read_timeline, told
 
 STATIC_LEVELS: Final = 4
 """A clip is static if no pixel of its thumbnails ever differs from the first by more, in levels of 255."""
@@ -95,7 +95,7 @@ def decode_strictly(source: Source) -> Iterator[VideoFrame]:
                 frame = next(frames, None)
             except FFmpegError as error:
                 raise MediaError(
-                    "corrupt", f"damaged after frame {count} ({error}); use --salvage, or replace it"
+                    "corrupt", f"damaged after frame {count} ({told(error)}); use --salvage, or replace it"
                 ) from error
             if frame is None:
                 return

@@ -4,6 +4,7 @@ Files are always handed over as open streams, never as names: FFmpeg would fetch
 image names. The container whitelist keeps out play lists, which can point to other files.
 """
 
+import codecs
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from wan_dist.data.spans import FileSpan
 
-FORMATS: Final = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,png_pipe,jpeg_pipe"
+FORMATS: Final = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,png_pipe,jpeg_pipe,webp_pipe"
 """FFmpeg demuxers that may open a clip."""
 
 MAX_PIXELS: Final = 40_000_000
@@ -137,7 +138,7 @@ def read_timeline(
                 if packet.is_keyframe:
                     keys.append(packet.pts)
     except FFmpegError as error:
-        raise MediaError("truncated", f"reading stops after {num_packets} frames ({error}); copy it again") from error
+        raise MediaError("truncated", f"reading stops after {num_packets} frames ({told(error)}); copy it again") from error
     # Matroska's index lists keyframes only, so a missing tail cannot be told from it.
     promised = 0 if "matroska" in container.format.name else len(video.index_entries)
     if num_damaged or num_packets < promised:
@@ -231,8 +232,24 @@ def _explain_unopened(stream: IO[bytes], error: Exception) -> MediaError:
     head = stream.read(512).lstrip().lower()
     if not head:
         return MediaError("empty_file", "0 bytes; download it again")
-    if head.startswith((b"<!doctype html", b"<html", b"<?xml", b"{")):
+    if head.startswith((b"#extm3u", b"ffconcat")):
+        return MediaError("unknown_container", "a play list, which only points to clips; give the clips themselves")
+    if _is_text(head):
         return MediaError("not_media", "a web page or text saved under a video's name; download it again")
     if head[4:8] == b"ftyp":
         return MediaError("truncated", "an mp4 without its index (moov), cut off early; download it again")
-    return MediaError("unknown_container", f"not {FORMATS} ({error}); transcode to mp4")
+    return MediaError("unknown_container", f"not {FORMATS} ({told(error)}); transcode to mp4")
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file begins like text: no video begins with this many bytes that can be printed."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)
+
+
+def told(error: Exception) -> str:
+    """Return what an error says, without numbers and names that mean nothing to a user."""
+    return (error.strerror if isinstance(error, OSError | FFmpegError) else None) or str(error)

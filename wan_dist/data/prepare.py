@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wan_dist.core.errors import DataError
 from wan_dist.data.examine import examine, is_black, is_static
-from wan_dist.data.media import MediaError, Source, open_media, read_timeline
+from wan_dist.data.media import MediaError, Source, open_media, read_timeline, told
 from wan_dist.data.pack_rules import TRANSCODE_SIZES, ClipRules
 from wan_dist.data.probe import ClipInfo, Reject, probe_clip
 from wan_dist.data.shard_format import piece_suffix
@@ -92,7 +92,7 @@ def prepare_clip(
         return Prepared((), (Reject(error.code, name, error.hint),))
     except (FFmpegError, OSError, ValueError) as error:
         _check_room(work_dir)
-        return Prepared((), (Reject("undecodable", name, f"{error}; export it again"),))
+        return Prepared((), (Reject("undecodable", name, f"{told(error)}; export it again"),))
 
 
 def _check_room(work_dir: Path) -> None:

@@ -22,6 +22,7 @@ from wan_dist.data.media import (
     promised_timeline,
     read_timeline,
     sample_aspect,
+    told,
 )
 from wan_dist.data.tonemap import TRANSFERS
 
@@ -120,9 +121,9 @@ def probe_clip(source: Source, name: str, *, allow_hdr: bool = False, trust_head
         return Reject("missing_file", name, "there is no such file; correct the path or remove its row")
     except OSError as error:
         # PyAV's errors are OSErrors too where FFmpeg's code is an errno.
-        return Reject("unreadable", name, f"{error}; check the file and its permissions")
+        return Reject("unreadable", name, f"{told(error)}; check the file and its permissions")
     except (FFmpegError, ValueError) as error:
-        return Reject("undecodable", name, f"{error}; export it again")
+        return Reject("undecodable", name, f"{told(error)}; export it again")
     return _describe(width, height, frame.rotation, timeline, still, warnings)
 
 

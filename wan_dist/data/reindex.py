@@ -30,12 +30,12 @@ from wan_dist.data.probe import ClipInfo, Reject
 from wan_dist.data.probe_worker import Prober
 from wan_dist.data.reader import CAPTION_KEYS, locate, read_member
 from wan_dist.data.shard_format import write_file
+from wan_dist.data.source_files import CLIP_EXTENSIONS
 from wan_dist.data.stores import LocalStore, Store, StoredFile
 from wan_dist.data.tar_walk import TarMember, TarSample, index_key, split_name, walk_tar
 
 logger = logging.getLogger(__name__)
 
-MEDIA_EXTENSIONS: Final = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "png", "jpg", "jpeg")
 _INFO_FIELDS: Final = ("width", "height", "num_frames", "fps", "duration_s", "max_gap_s")
 _NO_MEMBER: Final = TarMember(0, 0, 0)
 _SAMPLES_CHECKED: Final = 64
@@ -195,7 +195,7 @@ def _mismatch(tar: StoredFile, row: np.void) -> str | None:
 
 def media_extension(extensions: Iterable[str]) -> str | None:
     """Return which of a sample's members is its clip; masks are none."""
-    return next((e for e in extensions if e.rpartition(".")[2] in MEDIA_EXTENSIONS and not e.startswith("mask.")), None)
+    return next((e for e in extensions if e.rpartition(".")[2] in CLIP_EXTENSIONS and not e.startswith("mask.")), None)
 
 
 def _row(
@@ -204,7 +204,7 @@ def _row(
     """Return the index row of a sample, or why it is left out."""
     extension = media_extension(sample.members)
     if extension is None:
-        return Reject("no_media", name, f"has {', '.join(sample.members)}; clips are .{', .'.join(MEDIA_EXTENSIONS)}")
+        return Reject("no_media", name, f"has {', '.join(sample.members)}; clips are .{', .'.join(CLIP_EXTENSIONS)}")
     members = {
         "json": sample.members.get("json"),
         "text": sample.members.get("txt"),

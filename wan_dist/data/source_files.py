@@ -10,11 +10,17 @@ from wan_dist.data.index import ConceptEntry
 from wan_dist.data.masks import clip_of_mask, mask_beside
 from wan_dist.data.probe import Reject
 
-CLIP_EXTENSIONS: Final = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "ts", "mts", "m2ts", "png", "jpg", "jpeg")
+CLIP_EXTENSIONS: Final = ("mp4", "mov", "m4v", "mkv", "webm", "avi", "ts", "mts", "m2ts", "png", "jpg", "jpeg", "webp")
 """Files with these extensions are clips. Images are clips of one frame."""
 
-FOREIGN_EXTENSIONS: Final = ("mpg", "mpeg", "flv", "wmv", "gif", "webp")
+FOREIGN_EXTENSIONS: Final = (
+    *("mpg", "mpeg", "flv", "wmv", "asf", "3gp", "ogv", "mxf", "vob", "f4v", "m3u8", "gif"),
+    *("bmp", "tif", "tiff", "heic", "avif", "jxl"),
+)
 """Videos and images that are not accepted, and are reported so that nobody wonders where they went."""
+
+NOT_CAPTIONS: Final = frozenset({"readme", "license", "licence", "requirements"})
+"""Texts that lie in folders of clips for other reasons."""
 
 
 @dataclass(frozen=True)
@@ -63,34 +69,51 @@ class Listing:
     concepts: tuple[ConceptEntry, ...] = ()
 
 
-def walk_clips(folder: Path, subfolders: bool = True) -> tuple[list[str], list[Reject]]:
+def walk_clips(
+    folder: Path, subfolders: bool = True, *, with_sidecars: bool = False
+) -> tuple[list[str], list[Reject]]:
     """Return all clips, sorted, and files that a user could take for clips. Links to folders are not followed.
 
     Args:
         folder: where to look; returned paths are relative to it, with `/`.
         subfolders: look in folders inside it too; those whose names start with a dot never count.
+        with_sidecars: report texts without a clip beside them: the clip may have got lost.
     """
     files: list[str] = []
     rejects: list[Reject] = []
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if subfolders else []
         beside = {name.lower() for name in names}
+        # Names without extension that a text may have.
+        stems = {name.rpartition(".")[0] for name in beside if _extension(name) in CLIP_EXTENSIONS + FOREIGN_EXTENSIONS}
+        stems |= NOT_CAPTIONS
         for name in names:
             path = (Path(root) / name).relative_to(folder).as_posix()
             if (stem := clip_of_mask(name)) is not None:
                 if not any(f"{stem.lower()}.{extension}" in beside for extension in CLIP_EXTENSIONS):
-                    rejects.append(Reject("lone_mask", path, f"no clip {stem} beside it; rename the mask or the clip"))
+                    hint = f"no clip {_shown(stem)} beside it; rename the mask or the clip"
+                    rejects.append(Reject("lone_mask", _shown(path), hint))
                 continue
-            extension = name.rpartition(".")[2].lower()
-            if name.startswith(".") or extension not in CLIP_EXTENSIONS + FOREIGN_EXTENSIONS:
+            extension = _extension(name)
+            if name.startswith("."):
                 continue
             if extension in FOREIGN_EXTENSIONS:
-                rejects.append(Reject("unknown_container", path, f".{extension} is not read; transcode to mp4"))
-            elif not is_utf8(path):
-                rejects.append(Reject("bad_name", repr(path), "the file name is not UTF-8; rename it"))
-            else:
+                rejects.append(Reject("unknown_container", _shown(path), f".{extension} is not read; transcode to mp4"))
+            elif extension in CLIP_EXTENSIONS and is_utf8(path):
                 files.append(path)
+            elif extension in CLIP_EXTENSIONS:
+                rejects.append(Reject("bad_name", repr(path), "the file name is not UTF-8; rename it"))
+            elif with_sidecars and extension == "txt" and name[:-4].lower() not in stems:
+                rejects.append(Reject("lone_caption", _shown(path), "no clip of its name beside it; was it lost?"))
     return sorted(files), rejects
+
+
+def _shown(path: str) -> str:
+    return path if is_utf8(path) else repr(path)
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def is_utf8(text: str) -> bool:

@@ -63,7 +63,7 @@ def _tables(folder: Path) -> list[Path]:
 
 def _list_sidecars(source: Path, captions_path: Path | None) -> Listing:
     folder = _folder(source)
-    files, rejects = walk_clips(folder)
+    files, rejects = walk_clips(folder, with_sidecars=True)
     sources: list[Source] = []
     for path in files:
         captions = sidecar_captions(folder, path)

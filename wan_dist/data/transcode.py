@@ -20,7 +20,7 @@ from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
 from wan_dist.data.examine import decode_strictly
-from wan_dist.data.media import MediaError, Source, display_size, open_media, sample_aspect
+from wan_dist.data.media import MediaError, Source, display_size, open_media, sample_aspect, told
 from wan_dist.data.tonemap import TRANSFERS, write_table
 
 ENCODER_OPTIONS: Final[dict[str, object]] = {"crf": "18", "preset": "veryfast", "g": "48", "bf": "0"}
@@ -103,7 +103,7 @@ def transcode(
             if current is not None:
                 current.finish()
         except FFmpegError as error:
-            raise MediaError("transcode_failed", f"{error}; transcode it with another program") from error
+            raise MediaError("transcode_failed", f"{told(error)}; transcode it with another program") from error
 
 
 class _Output:

@@ -43,6 +43,14 @@ def test_variable_rate_reports_mean_and_longest_gap(tmp_path: Path) -> None:
 def test_image_is_one_frame(tmp_path: Path) -> None:
     Image.new("RGB", (33, 21)).save(tmp_path / "a.png")
     assert good(tmp_path / "a.png") == ClipInfo(33, 21, 1, 0.0, 0.0, 0.0, 0)
+    for lossless in (False, True):
+        Image.new("RGB", (33, 21)).save(tmp_path / "a.webp", lossless=lossless)
+        assert good(tmp_path / "a.webp").width == 33
+    turned = Image.Exif()
+    turned[0x112] = 6  # by a quarter, as cameras held upright say
+    Image.new("RGB", (33, 21)).save(tmp_path / "a.jpg", exif=turned)
+    info = good(tmp_path / "a.jpg")
+    assert (info.width, info.height, info.rotation) == (21, 33, -90)
 
 
 def bad_files(folder: Path) -> dict[str, tuple[bytes, str]]:
@@ -51,6 +59,7 @@ def bad_files(folder: Path) -> dict[str, tuple[bytes, str]]:
     return {
         "zero.mp4": (b"", "empty_file"),
         "page.mp4": (b"<!DOCTYPE html><html>404</html>" * 50, "not_media"),
+        "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not_media"),
         "noise.mp4": (bytes(range(256)) * 40, "unknown_container"),
         "playlist.mp4": (b"ffconcat version 1.0\nfile whole.mp4\n", "unknown_container"),
         "no-moov.mp4": (late[: len(late) // 2], "truncated"),
@@ -67,6 +76,7 @@ def test_bad_files_are_rejected_with_code_and_hint(tmp_path: Path) -> None:
         assert isinstance(found, Reject), name
         assert (found.code, found.path) == (code, name), found
         assert found.hint
+        assert "Errno" not in found.hint
     missing = probe_clip(tmp_path / "gone.mp4", "gone.mp4")
     assert isinstance(missing, Reject)
     assert missing.code == "missing_file"

@@ -54,12 +54,18 @@ def test_bad_sidecars_are_reported(tmp_path: Path) -> None:
             "list.json": "[1]",
             "deep.json": "[" * 100_000,
             "clip.mpg": b"1",
+            "clip.txt": "of a clip of another kind",
+            "lost.txt": "of a clip that is not there",
+            "README.txt": "about all clips",
+            "scan.tiff": b"1",
         },
     )
     assert rejected(folder) == {
         "none.mp4": "no_caption",
         **{f"{n}.mp4": "bad_caption" for n in ("empty", "latin", "nul", "broken", "list", "deep")},
         "clip.mpg": "unknown_container",
+        "scan.tiff": "unknown_container",
+        "lost.txt": "lone_caption",
     }
 
 

@@ -106,12 +106,13 @@ def write_foreign(path: Path, samples: dict[str, dict[str, bytes]], tar_format: 
 
 @pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_tars_of_other_programs_are_indexed(tmp_path: Path, tar_format: int) -> None:
-    clips = [write_clip(tmp_path / f"{n}.mp4", 6, first=10 * n).read_bytes() for n in range(3)]
+    names = ("0.mp4", "1.mp4", "2.ts")
+    clips = [write_clip(tmp_path / name, 6, first=10 * n).read_bytes() for n, name in enumerate(names)]
     long_key = "folder/" + "é" * 70
     samples = {
         "a/0": {"mp4": clips[0], "txt": b"zero"},
         long_key: {"mp4": clips[1], "json": json.dumps({"caption": "one", "width": 1}).encode()},
-        "2": {"MP4": clips[2], "json": b'{"caption": null}', "txt": b"\xef\xbb\xbftwo"},
+        "2": {"TS": clips[2], "json": b'{"caption": null}', "txt": b"\xef\xbb\xbftwo"},
         "no-caption": {"mp4": clips[0]},
         "no-clip": {"txt": b"x"},
         "broken": {"mp4": b"<html>", "txt": b"x"},
