@@ -20,7 +20,9 @@ _CHECKS, _CUTS, _FILTERS = "Checks", "Cutting and encoding", "Filters"
 def pack(
     source: Annotated[
         Path,
-        typer.Argument(metavar="SRC", help="Folder of clips (mp4, mkv, webm, avi, ts, png, jpg, webp), or a table or tar."),
+        typer.Argument(
+            metavar="SRC", help="Folder of clips (mp4, mkv, webm, avi, ts, png, jpg, webp), or a table or tar."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards; made if missing.")],
     captions: Annotated[

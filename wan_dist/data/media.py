@@ -138,7 +138,9 @@ def read_timeline(
                 if packet.is_keyframe:
                     keys.append(packet.pts)
     except FFmpegError as error:
-        raise MediaError("truncated", f"reading stops after {num_packets} frames ({told(error)}); copy it again") from error
+        raise MediaError(
+            "truncated", f"reading stops after {num_packets} frames ({told(error)}); copy it again"
+        ) from error
     # Matroska's index lists keyframes only, so a missing tail cannot be told from it.
     promised = 0 if "matroska" in container.format.name else len(video.index_entries)
     if num_damaged or num_packets < promised:

@@ -69,9 +69,7 @@ class Listing:
     concepts: tuple[ConceptEntry, ...] = ()
 
 
-def walk_clips(
-    folder: Path, subfolders: bool = True, *, with_sidecars: bool = False
-) -> tuple[list[str], list[Reject]]:
+def walk_clips(folder: Path, subfolders: bool = True, *, with_sidecars: bool = False) -> tuple[list[str], list[Reject]]:
     """Return all clips, sorted, and files that a user could take for clips. Links to folders are not followed.
 
     Args:
