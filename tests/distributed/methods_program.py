@@ -73,7 +73,7 @@ def _train(cfg: Any, ranks: Any) -> dict[str, Any]:
 
 
 def _digest(engine: Any, trained: bool) -> str:
-    """Return the SHA-256 of all trained, or all frozen, parameters of an engine."""
+    """Return the SHA-256 of all trained, or all frozen, parameters of an engine, and of frozen bits with the latter."""
     import deepspeed
 
     digest = hashlib.sha256()
@@ -82,6 +82,9 @@ def _digest(engine: Any, trained: bool) -> str:
     with deepspeed.zero.GatheredParameters(parameters, enabled=not whole):
         for parameter in parameters:
             digest.update(parameter.detach().float().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, buffer in engine.module.named_buffers():
+        if not trained and name.endswith("stored"):
+            digest.update(buffer.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -35,6 +35,9 @@ CASES: dict[str, list[str]] = {
     "full": ["optim.expert_lr={low_noise: 0.0005}"],
     "full whole": ["optim.expert_lr={low_noise: 0.0005}", "parallel.zero_stage=1"],
     "sequence full": ["optim.expert_lr={low_noise: 0.0005}", "parallel.sequence_parallel=2"],
+    "fp8": [*LORA, "model.base_dtype=fp8", "parallel.zero_stage=1"],
+    "nf4": [*LORA, "model.base_dtype=nf4", "model.dtype=bf16", "parallel.zero_stage=2"],
+    "embedding fp8": ["method={kind: embedding, num_vectors: 2}", "optim.lr=0.1", "model.base_dtype=fp8", "parallel.zero_stage=0"],
     "not finite": [*LORA, "optim.lr=1e30", "train.num_steps=4", "optim.max_grad_norm=0"],
 }
 SAME_AS_LORA = ["sequence", "no checkpointing", "attention kept", "stage 0", "stage 1", "stage 2", "offload"]
@@ -53,13 +56,13 @@ def _run(folder: Path, config: Path, cases: dict[str, list[str]], num_ranks: int
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Results by case; those of one rank under `NAME on one rank`."""
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of both experts of a tiny t2v-A14B in fp32."""
     folder = tmp_path_factory.mktemp("methods")
     clips = draw_clips(9, 64, 64)[:4]
     shards = pack_clips(folder, clips, fps=8)
     model = make_tiny_pipeline("t2v-A14B", folder / "model", [clip.caption for clip in clips])
-    config = write_config(
+    return write_config(
         folder / "config.yaml",
         run_dir=folder / "run",
         model={"path": str(model), "variant": "t2v-A14B", "expert": "both", "dtype": "fp32"},
@@ -68,9 +71,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
         train={"num_steps": 3, "global_batch_size": 2, "micro_batch_size": 1, "seed": 2},
         parallel={"offload_optimizer": "none"},
     )
-    on_two = _run(folder, config, CASES, 2)
+
+
+@pytest.fixture(scope="module")
+def ran(config: Path) -> dict[str, dict[str, Any]]:
+    """Results by case; those of one rank under `NAME on one rank`."""
+    on_two = _run(config.parent, config, CASES, 2)
     assert json.dumps(on_two[0]) == json.dumps(on_two[1]), "the ranks disagree"
-    alone = _run(folder, config, {name: CASES[name] for name in ON_ONE_RANK}, 1)[0]
+    alone = _run(config.parent, config, {name: CASES[name] for name in ON_ONE_RANK}, 1)[0]
     return {**on_two[0], **{f"{name} on one rank": result for name, result in alone.items()}}
 
 
@@ -97,6 +105,33 @@ def test_full_training_is_the_same_however_it_is_shared(ran: dict[str, Any], nam
     """A factor of the group's size in the gradients, which DeepSpeed alone would leave, shows in the norm."""
     assert _series(ran[name], "loss") == pytest.approx(_series(ran["full"], "loss"), rel=RELATIVE)
     assert _series(ran[name], "norm") == pytest.approx(_series(ran["full"], "norm"), rel=1e-4)
+
+
+@pytest.mark.proof
+def test_two_data_ranks_of_two_sequence_ranks_are_one_rank(config: Path) -> None:
+    cases = {name: CASES[name] for name in ("sequence", "sequence full")}
+    alone = {name: [word for word in words if "sequence" not in word] for name, words in cases.items()}
+    on_four = _run(config.parent, config, cases, 4)
+    assert all(json.dumps(results) == json.dumps(on_four[0]) for results in on_four), "the ranks disagree"
+    on_one = _run(config.parent, config, alone, 1)[0]
+    for name in cases:
+        assert _series(on_four[0][name], "expert") == _series(on_one[name], "expert")
+        assert _series(on_four[0][name], "loss") == pytest.approx(_series(on_one[name], "loss"), rel=RELATIVE)
+        assert _series(on_four[0][name], "norm") == pytest.approx(_series(on_one[name], "norm"), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "whole"), [("fp8", "lora"), ("nf4", "lora"), ("embedding fp8", "embedding")])
+def test_a_base_of_fewer_bits_trains_the_same_things(ran: dict[str, Any], name: str, whole: str) -> None:
+    """The losses are those of other weights, a little off; that they are right is `test_frozen_base.py`'s matter."""
+    found = ran[name]
+    assert found["names"] == ran[whole]["names"]
+    assert found["frozen"] == found["before"]["frozen"] != ran[whole]["frozen"]
+    assert _series(found, "expert") == _series(ran[whole], "expert")
+    first, wanted = _series(found, "loss")[0], _series(ran[whole], "loss")[0]
+    assert first == pytest.approx(wanted, rel=0.05)
+    assert first != wanted
+    states = [found["before"]["trained"], *(step["trained"] for step in found["steps"])]
+    assert len({json.dumps(state) for state in states}) == len(states)
 
 
 def test_rslora_is_lora_with_another_scale(ran: dict[str, Any]) -> None:

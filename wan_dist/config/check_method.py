@@ -38,4 +38,24 @@ def method_problems(values: Mapping[str, Any]) -> list[Problem]:
     if kind == "embedding" and values.get("data.text_embeds", "auto") not in ("auto", "none"):
         text = "data.text_embeds: an embedding is trained through the text encoder; use none."
         problems.append(Problem(("data", "text_embeds"), text))
-    return problems
+    return problems + _base_problems(kind, values)
+
+
+def _base_problems(kind: str, values: Mapping[str, Any]) -> list[Problem]:
+    """Return why the frozen weights cannot be stored in fewer bits."""
+    stored = values.get("model.base_dtype")
+    if stored is None:
+        return []
+    where, stage = f"model.base_dtype = {stored}", values.get("parallel.zero_stage", 3)
+    found = []
+    if kind == "full":
+        found.append("method.kind = full has no frozen weights; remove it, or train a lora or an embedding")
+    if values.get("method.dora"):
+        found.append("method.dora reads the weights that it leaves out; remove one of the two")
+    if stage == 3:
+        found.append(
+            "weights of fewer bits are not partitioned; set parallel.zero_stage to 2 (fp32: 0 to 2), or remove it"
+        )
+    if values.get("train.compile"):
+        found.append("blocks of such weights are not compiled; set train.compile to false, or remove it")
+    return [Problem(("model", "base_dtype"), f"{where}: {text}.") for text in found]

@@ -37,6 +37,11 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Compute dtype of the transformer. Masters and optimizer state are fp32."
     )
+    base_dtype: Literal["fp8", "nf4"] | None = Field(
+        default=None,
+        description="lora, embedding: how the frozen weights of the blocks are stored; computed with in `dtype`. nf4 "
+        "needs bitsandbytes. With parallel.zero_stage 0 to 2; null stores them in `dtype`.",
+    )
 
 
 class MethodConfig(Section):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wan_dist.adapters.embedding import EmbeddingModel, PromptTokens
+from wan_dist.adapters.frozen_base import quantise_blocks
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.errors import ConfigError, ModelError
 from wan_dist.models.wan.transformer import empty_transformer, read_transformer_config, rebuild_rope
@@ -57,6 +58,9 @@ def build_embedding_engine(
         rebuild_rope(model.transformers[name])
         fill(model.transformers[name], root / component_of(name))
     model.start_from(_first_vectors(cfg, root / "text_encoder").to(dtype), tokens.first_id)
+    if cfg.model.base_dtype:
+        for name in names:
+            quantise_blocks(model.transformers[name], cfg.model.base_dtype, ranks.device)
     if cfg.parallel.zero_stage == 3:
         gather_in_blocks([model.transformers[names[0]].blocks[0], model.text_encoder.encoder.block[0]], model)
     model.to(ranks.device)

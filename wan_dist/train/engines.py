@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from wan_dist.adapters.frozen_base import quantise_blocks
 from wan_dist.adapters.lora import LoraSpec, add_lora, continue_from, target_modules
 from wan_dist.adapters.lora_files import check_expert, read_lora
 from wan_dist.config.schema import TrainConfig
@@ -72,6 +73,8 @@ def build_engine(
     model = load_transformer(cfg, variant, folder, ds_config)
     if cfg.method.kind == "lora":
         add_adapters(cfg, model, expert, ds_config)
+    if cfg.model.base_dtype:
+        quantise_blocks(model, cfg.model.base_dtype, ranks.device)
     model.to(ranks.device)  # buffers; the partitions are where DeepSpeed put them
     model.train()
     context = prepare_blocks(cfg, model, ranks)
@@ -188,8 +191,9 @@ def method_record(cfg: TrainConfig, config: dict[str, Any]) -> dict[str, Any]:
     method = cfg.method
     if method.kind == "full":
         return {"kind": "full"}
+    stored = {"base_dtype": cfg.model.base_dtype} if cfg.model.base_dtype else {}
     if method.kind == "embedding":
-        return {"kind": "embedding", "token": method.token, "num_vectors": method.num_vectors}
+        return {"kind": "embedding", "token": method.token, "num_vectors": method.num_vectors, **stored}
     spec = lora_spec(cfg)
     with torch.device("meta"):
         names = target_modules(empty_transformer(config), spec.targets)
@@ -200,4 +204,5 @@ def method_record(cfg: TrainConfig, config: dict[str, Any]) -> dict[str, Any]:
         "use_rslora": spec.use_rslora,
         "use_dora": spec.use_dora,
         "targets": names,
+        **stored,
     }
