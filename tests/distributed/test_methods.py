@@ -37,7 +37,12 @@ CASES: dict[str, list[str]] = {
     "sequence full": ["optim.expert_lr={low_noise: 0.0005}", "parallel.sequence_parallel=2"],
     "fp8": [*LORA, "model.base_dtype=fp8", "parallel.zero_stage=1"],
     "nf4": [*LORA, "model.base_dtype=nf4", "model.dtype=bf16", "parallel.zero_stage=2"],
-    "embedding fp8": ["method={kind: embedding, num_vectors: 2}", "optim.lr=0.1", "model.base_dtype=fp8", "parallel.zero_stage=0"],
+    "embedding fp8": [
+        "method={kind: embedding, num_vectors: 2}",
+        "optim.lr=0.1",
+        "model.base_dtype=fp8",
+        "parallel.zero_stage=0",
+    ],
     "not finite": [*LORA, "optim.lr=1e30", "train.num_steps=4", "optim.max_grad_norm=0"],
 }
 SAME_AS_LORA = ["sequence", "no checkpointing", "attention kept", "stage 0", "stage 1", "stage 2", "offload"]
