@@ -7,7 +7,6 @@ Usage: faults_program.py OUT TRIALS.json
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import signal
@@ -138,38 +137,17 @@ def fault(trial: dict[str, Any], saver: Saver, root: Path, step: int, rank: int)
         dist.barrier()
 
 
-def fork_rank(root: Path, trial: dict[str, Any], rank: int, store: Path) -> int:
-    """Fork one rank; it leaves its result beside the trial's folder."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    log = io.open(f"{root}.rank-{rank}.log", "w")  # noqa: UP020, SIM115
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    try:
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-        engines.start()
-        result = run(root, trial, rank)
-        Path(f"{root}.rank-{rank}.json").write_text(json.dumps(result))
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        log.flush()
-        os._exit(code)
-
-
 def job(root: Path, trial: dict[str, Any]) -> dict[str, Any]:
     """Run a job of two ranks; return what rank 0 reports, the ranks' statuses and how long they took to end."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.parent.glob(f"{root.name}.rank-*"):
         leftover.unlink()
     store = root.parent / f"{root.name}.store-{time.time_ns()}"
-    pids = [fork_rank(root, trial, rank, store) for rank in range(2)]
+
+    def work(rank: int) -> None:
+        Path(f"{root}.rank-{rank}.json").write_text(json.dumps(run(root, trial, rank)))
+
+    pids = engines.fork_ranks(2, work, store, str(root))
     started, statuses = time.monotonic(), {}
     first_end = None
     while len(statuses) < 2:

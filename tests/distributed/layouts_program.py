@@ -1,18 +1,20 @@
-"""One rank of `test_zero_layouts.py`: saves every layout, or resumes them with another number of ranks.
+"""Saves every layout on two ranks, and resumes each on one, two and three; driven by `test_zero_layouts.py`.
 
-Usage: layouts_program.py save|resume OUT
+Usage: layouts_program.py OUT
 """
 
 import contextlib
 import io
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from tests.distributed import engines
@@ -126,7 +128,6 @@ def resume(out: Path, rank: int, world_size: int) -> None:
 
 def _copy_base(engine: Any, other: Any) -> None:
     """Give a fresh engine the frozen weights that the run began with, as a base model does."""
-    import deepspeed
 
     names = dict(other.module.named_parameters())
     for name, parameter in engine.module.named_parameters():
@@ -139,12 +140,20 @@ def _copy_base(engine: Any, other: Any) -> None:
                 parameter.data.copy_(names[name].data)
 
 
+def job(num_ranks: int, work: Callable[[int], None], out: Path, name: str) -> None:
+    """Run a job of forked ranks to its end."""
+    pids = engines.fork_ranks(num_ranks, work, out / f"{name}.store", str(out / name))
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    logs = [(out / f"{name}.rank-{rank}.log").read_text() for rank in range(num_ranks)]
+    assert statuses == [0] * num_ranks, "\n".join(logs)
+
+
+def main(out: Path) -> None:
+    torch.set_num_threads(1)
+    job(2, lambda rank: save(out, rank), out, "save")
+    for num_ranks in (1, 2, 3):
+        job(num_ranks, lambda rank, count=num_ranks: resume(out, rank, count), out, f"resume-{num_ranks}")
+
+
 if __name__ == "__main__":
-    mode, folder = sys.argv[1], Path(sys.argv[2])
-    this_rank, num_ranks = engines.start()
-    if mode == "save":
-        save(folder, this_rank)
-    else:
-        resume(folder, this_rank, num_ranks)
-    dist.barrier()
-    dist.destroy_process_group()
+    main(Path(sys.argv[1]))
