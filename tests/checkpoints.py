@@ -22,6 +22,7 @@ def write_run(
     model_path: Path,
     world_size: int = 2,
     averages: Mapping[str, Mapping[str, Tensor]] | None = None,
+    step: int = 7,
 ) -> Path:
     """Write a run folder with one checkpoint, and return it.
 
@@ -33,8 +34,9 @@ def write_run(
         model_path: the pipeline it was trained on.
         world_size: ranks to cut for.
         averages: component to the running averages of its tensors.
+        step: optimizer steps done.
     """
-    folder = run_dir / "checkpoints" / "step-00000007"
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
     for component, tensors in components.items():
         average = (averages or {}).get(component)
         write_component(folder / component, tensors, world_size, average)
@@ -57,7 +59,7 @@ def write_run(
     }
     manifest = {
         "version": 2,
-        "step": 7,
+        "step": step,
         "world_size": world_size,
         "zero_stage": 3,
         "components": list(components),

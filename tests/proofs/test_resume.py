@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.processes import run_cli
 from tests.proofs.runs import Workshop, checkpoint_of, losses, state_of, unequal, weights_of, workshop
 
 pytestmark = pytest.mark.proof
@@ -73,6 +75,20 @@ def assert_average(run: Path, step: int, component: str, average: dict[str, torc
         average = {name: average[name].lerp(weights[name], 1.0 - decay) for name in weights}
         assert not unequal(average, weights_of(checkpoint, average=True))
         assert unequal(average, weights)
+
+
+def test_the_average_of_a_resumed_run_is_exported(shop: Workshop) -> None:
+    run, out = shop.run_dir("accumulation and average, resumed"), shop.folder / "exported"
+    done = run_cli("consolidate", run, out, "--ema", "--dtype", "fp32")
+    assert done.status == 0, done.stderr
+    exported = {f"transformer/{name}": tensor for name, tensor in _files_of(out / "transformer").items()}
+    assert not unequal(exported, weights_of(checkpoint_of(run, STEPS), average=True))
+    refused = run_cli("consolidate", shop.run_dir("offload, average left off, resumed"), out, "--ema")
+    assert (refused.status, "this run kept no average" in refused.stderr) == (1, True)
+
+
+def _files_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_other_numbers_of_ranks_go_on_with_the_same_samples_and_state(shop: Workshop) -> None:
