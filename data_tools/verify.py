@@ -1,30 +1,63 @@
-"""`wan-data verify`: are the shards what was packed."""
+"""`wan-data verify`: are the shards what was packed, and their caches what was encoded."""
 
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from data_tools.progress import show_count
+from wan_dist.core.errors import DataError
 from wan_dist.core.words import counted
 from wan_dist.data.decode_worker import open_decoder
-from wan_dist.data.index import open_shards
-from wan_dist.data.verify import verify_shards
+from wan_dist.data.family import FAMILY_NAME, find_families, read_manifest
+from wan_dist.data.index import MANIFEST_NAME, open_shards
+from wan_dist.data.verify import Damage, verify_shards
+from wan_dist.data.verify_family import verify_family
 
 
 def verify(
-    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of packed shards.")],
+    shards: Annotated[
+        str, typer.Argument(metavar="SHARDS", help="Folder or URL of packed shards, or folder of a cached family.")
+    ],
     decode: Annotated[bool, typer.Option("--decode", help="Decode every frame of every clip too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Hash every shard and index again and count the clips; name each damaged file and sample.
 
-    The exit status is 1 if anything is damaged.
+    Cached families inside a local folder are verified too. The exit status is 1 if anything is damaged.
 
     Example: `wan-data verify shards/`
     """
+    if (Path(shards) / FAMILY_NAME).exists():
+        summary, damages = _family(Path(shards))
+        families: list[dict[str, Any]] = []
+    else:
+        summary, damages = _clips(shards, decode)
+        folders = [folder for kind in ("latents", "text") for folder in find_families(Path(shards), kind)]
+        # Of one that caching has not finished nothing is wrong, and caching looks at it again.
+        found = [_family(folder) for folder in folders if (folder / MANIFEST_NAME).exists()]
+        families = [row for row, _ in found]
+        damages += [damage for _, more in found for damage in more]
+    if as_json:
+        typer.echo(json.dumps({**summary, "families": families, "damaged": [asdict(d) for d in damages]}))
+    else:
+        for damage in damages:
+            sample = f": sample {damage.sample}" if damage.sample else ""
+            typer.echo(f"{damage.file}{sample}: {damage.what}")
+        for row in (summary, *families):
+            typer.echo(
+                f"{row['name']}: {counted(row['clips'], 'clip')} in {counted(row['shards'], 'shard')}, "
+                f"{row['bytes'] / 1e6:.1f} MB: " + (f"{row['num_damaged']} damaged" if row["num_damaged"] else "whole")
+            )
+    if damages:
+        print("wan-data: copy the damaged shards again, or pack or cache again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _clips(shards: str, decode: bool) -> tuple[dict[str, Any], list[Damage]]:
     opened = open_shards(shards)
     decoder = open_decoder("process") if decode else None
     try:
@@ -33,19 +66,24 @@ def verify(
     finally:
         if decoder:
             decoder.close()
-    manifest = opened.manifest
-    if as_json:
-        summary = {"shards": len(manifest.shards), "clips": manifest.num_clips, "bytes": manifest.num_bytes}
-        typer.echo(json.dumps({**summary, "damaged": [asdict(d) for d in damages]}))
-    else:
-        for damage in damages:
-            sample = f": sample {damage.sample}" if damage.sample else ""
-            typer.echo(f"{damage.file}{sample}: {damage.what}")
-        state = f"{len(damages)} damaged" if damages else "whole"
-        typer.echo(
-            f"{opened.name}: {counted(manifest.num_clips, 'clip')} in {counted(len(manifest.shards), 'shard')}, "
-            f"{manifest.num_bytes / 1e6:.1f} MB: {state}"
-        )
-    if damages:
-        print("wan-data: copy the damaged shards again or pack again", file=sys.stderr)
-        raise typer.Exit(1)
+    return _summary(opened.name, opened.manifest, damages), damages
+
+
+def _family(folder: Path) -> tuple[dict[str, Any], list[Damage]]:
+    manifest = read_manifest(folder)
+    try:
+        with show_count(f"shards of {folder.name}") as progress:
+            damages = verify_family(folder, progress)
+    except DataError as error:
+        damages = [Damage(str(folder), None, str(error).removeprefix(f"{folder}: "))]
+    return _summary(str(folder), manifest, damages), damages
+
+
+def _summary(name: str, manifest: Any, damages: list[Damage]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "shards": len(manifest.shards),
+        "clips": manifest.num_clips,
+        "bytes": manifest.num_bytes,
+        "num_damaged": len(damages),
+    }

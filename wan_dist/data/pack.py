@@ -103,6 +103,8 @@ def pack_clips(
     """
     rules = rules or ClipRules()
     _check_options(rules, executor)
+    if source.resolve() == out_dir.resolve():
+        raise ConfigError(f"{out_dir}: is SRC as well as OUT; name another folder for the shards.")
     listing = list_sources(source, captions_path, source_format)
     if drop_duplicates:
         listing = drop_same_content(listing)

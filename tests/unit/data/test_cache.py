@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from wan_dist.data.fingerprint import (
 )
 from wan_dist.data.index import open_shards
 from wan_dist.data.shapes import draw_clips
+from wan_dist.data.verify_family import verify_family
 from wan_dist.models.wan.build import make_tiny_pipeline
 from wan_dist.models.wan.variants import get_variant
 
@@ -190,16 +192,31 @@ for sample in WebDataset(sys.argv[1:], shardshuffle=False):
 def test_plain_webdataset_reads_the_clips_keys(material: Material, families: tuple[Family, Family]) -> None:
     shards = open_shards(material.shards)
     keys = [row["key"].decode() for shard in range(len(shards.manifest.shards)) for row in shards.index(shard)]
+    tars = [tar for family in families for tar in sorted(family.folder.glob("*.tar"))]
+    assert [t.name.split("-")[1] for t in tars] == [s.name.split("-")[1] for s in shards.manifest.shards] * 2
+    command = [sys.executable, "-c", READ_WITH_WEBDATASET, *map(str, tars)]
+    done = subprocess.run(command, env={**os.environ, "WDS_SECURE": "1"}, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == keys * 2
+    assert all(row[1] == ["safetensors"] for row in rows)
+
+
+def test_verifying_names_each_damaged_sample(families: tuple[Family, Family], tmp_path: Path) -> None:
     for family in families:
-        tars = sorted(family.folder.glob("*.tar"))
-        assert [t.name.split("-")[1] for t in tars] == [s.name.split("-")[1] for s in shards.manifest.shards]
-        command = [sys.executable, "-c", READ_WITH_WEBDATASET, *map(str, tars)]
-        done = subprocess.run(
-            command, env={**os.environ, "WDS_SECURE": "1"}, capture_output=True, text=True, check=True
-        )
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [row[0] for row in rows] == keys
-        assert all(row[1] == ["safetensors"] for row in rows)
+        folder = shutil.copytree(family.folder, tmp_path / family.folder.name)
+        assert verify_family(folder) == []
+        (tar, *_), index = sorted(folder.glob("*.tar")), family.index(0)
+        content = bytearray(tar.read_bytes())
+        content[int(index["offset"][1]) + int(index["size"][1]) - 1] ^= 1
+        content[-1] ^= 1
+        tar.write_bytes(content)
+        assert [(d.file, d.sample) for d in verify_family(folder)] == [(str(tar), index["key"][1].decode())]
+        content[int(index["offset"][1]) + int(index["size"][1]) - 1] ^= 1
+        tar.write_bytes(content)
+        assert [d.what for d in verify_family(folder)] == ["SHA-256 differs, outside of all samples"]
+        tar.write_bytes(content[:-1])
+        with pytest.raises(DataError, match=rf"{tar.name} has {len(content) - 1} bytes instead of {len(content)}"):
+            verify_family(folder)
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(

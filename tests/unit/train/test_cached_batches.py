@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from data_tools.app import app
 from data_tools.cache import cache
 from tests.jobs import pack_clips
 from wan_dist.config.load import load_config
@@ -106,6 +108,9 @@ def test_merged_buckets_and_mixtures_read_their_caches(folder: Path, caplog: pyt
     caplog.set_level(logging.INFO)
     assert_alike(read(merged, 6), read(merged, 6, *ONLINE))
     assert "latents: encoded online" in caplog.text  # by the second run
+    verified = CliRunner().invoke(app, ["verify", str(a)])
+    assert verified.exit_code == 0
+    assert [line.endswith(": whole") for line in verified.stdout.splitlines()] == [True] * 3  # clips, latents, text
     assert "merged 1 clips" in caplog.text
     caplog.clear()
     mixed = [{"path": str(a), "repeats": 2}, {"path": str(b)}]
