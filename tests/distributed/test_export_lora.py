@@ -12,11 +12,13 @@ from peft import LoraConfig
 from tests.distributed.conftest import Job, Material, launch
 from tests.loras import distance, output_of
 from tests.processes import run_cli
-from wan_dist.io.checkpoint import newest_whole
+from wan_dist.adapters.lora_files import LoraWeights
+from wan_dist.io.checkpoint import newest_whole, read_manifest, step_folders
+from wan_dist.io.component_weights import lora_weights
 from wan_dist.models.wan.build import make_tiny_pipeline
 
 COMPONENTS = ("transformer", "transformer_2")
-RANK, ALPHA = 4, 16
+RANK, ALPHA, DECAY = 4, 16, 0.5
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,8 @@ def job(material: Material, base: Path) -> Job:
         model={"path": str(base), "variant": "t2v-A14B", "expert": "both"},
         method={"kind": "lora", "rank": RANK, "alpha": float(ALPHA), "targets": "all"},
         optim={"lr": 0.02},
-        train={"num_steps": 6, "global_batch_size": 2},
+        train={"num_steps": 6, "global_batch_size": 2, "ema_decay": DECAY},
+        checkpoint={"save_every": 1, "keep_last": 6},
     )
     return launch(config, material.run_dir("lora-both"))
 
@@ -92,3 +95,24 @@ def test_bf16_files_stay_within_bf16s_rounding(job: Job, trained: dict[str, Any]
     with torch.no_grad():
         found = distance(output_of(loaded.transformer_2), output_of(trained["transformer_2"]))
     assert 0 < found < 0.01
+
+
+def test_exported_averages_are_those_of_every_steps_weights(job: Job) -> None:
+    checkpoints = [read_manifest(folder) for folder in sorted(step_folders(job.run_dir / "checkpoints"))]
+    assert len(checkpoints) == 6
+    for component in COMPONENTS:
+        steps, average = 0, torch.zeros(1)  # B starts from zero
+        for checkpoint in checkpoints:
+            if checkpoint.state["component_steps"].get(component, 0) == steps:
+                continue  # the step was for the other expert
+            steps += 1
+            decay = min(DECAY, (1 + steps) / (10 + steps))
+            average = decay * average + (1 - decay) * all_of_b(lora_weights(checkpoint, component))
+        assert steps > 1
+        found = all_of_b(lora_weights(checkpoints[-1], component, ema=True))
+        torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(found, all_of_b(lora_weights(checkpoints[-1], component)), rtol=1e-2)
+
+
+def all_of_b(weights: LoraWeights) -> torch.Tensor:
+    return torch.cat([module.b.flatten() for _, module in sorted(weights.modules.items())])
