@@ -17,7 +17,7 @@ from measure import hardware, interleave, median_ratio, versions
 from safetensors.torch import load_file
 
 from wan_dist.io.hashing import sha256_of
-from wan_dist.io.safetensors_stream import HASH_KEY, write_sharded
+from wan_dist.io.safetensors_stream import write_sharded
 from wan_dist.io.tensor_stream import of_shards
 from wan_dist.io.zero_shards import read_master_weights
 
@@ -44,9 +44,6 @@ def run(quick: bool) -> None:
         contestants: dict[str, Callable[[], object]] = {
             "wan_dist, fp32": lambda: ours(source, root / "ours", torch.float32),
             "wan_dist, bf16": lambda: ours(source, root / "ours-bf16", torch.bfloat16),
-            "wan_dist, fp32, no SHA-256 in the header": lambda: ours(
-                source, root / "bare", torch.float32, hashed=False
-            ),
             "wan_dist, fp32, the shards' SHA-256 first": lambda: hashed_first(source, root / "hashed"),
             "DeepSpeed zero_to_fp32": lambda: theirs(source, peer),
             "wan_dist, fp32, as a process with its imports": lambda: process(OURS, source, root / "p"),
@@ -105,7 +102,7 @@ def make_shards(folder: Path, count: int) -> Path:
     return folder
 
 
-def ours(source: Path, out: Path, dtype: torch.dtype, *, hashed: bool = True) -> None:
+def ours(source: Path, out: Path, dtype: torch.dtype) -> None:
     out.mkdir(exist_ok=True)
     tensors = {name: of_shards(tensor) for name, tensor in read_master_weights(source).items()}
     write_sharded(
@@ -114,7 +111,7 @@ def ours(source: Path, out: Path, dtype: torch.dtype, *, hashed: bool = True) ->
         tensors,
         dtype=dtype,
         max_shard_bytes=10**12,
-        metadata={"format": "pt"} | ({HASH_KEY: ""} if hashed else {}),
+        metadata={"format": "pt"},
         on_bytes=lambda _: None,
     )
 

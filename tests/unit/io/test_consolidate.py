@@ -109,7 +109,7 @@ def test_headers_and_card_say_where_the_weights_come_from(base: Path, trained: A
     content = (out / "mine_low_noise.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])["__metadata__"]
-    assert header["modelspec.hash_sha256"] == "0x" + hashlib.sha256(content[8 + length :]).hexdigest()
+    assert "modelspec.hash_sha256" not in header  # of LoRAs and words only
     assert header["modelspec.timestep_range"] == "0,875"
     config_digest = hashlib.sha256((tmp_path / "run" / "config.yaml").read_bytes()).hexdigest()
     told = {name.removeprefix("wan_dist."): value for name, value in header.items() if name.startswith("wan_dist.")}

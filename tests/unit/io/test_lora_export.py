@@ -1,6 +1,8 @@
 """LoRA files out of checkpoints, into weights and out of them, through the commands."""
 
+import hashlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,9 @@ def test_export_says_what_it_is_and_takes_one_expert(run: Path, tmp_path: Path) 
     files = exported(run, tmp_path)
     with safe_open(files["transformer_2"], framework="pt") as handle:
         header = handle.metadata()
+    content = files["transformer_2"].read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    assert header["modelspec.hash_sha256"] == "0x" + hashlib.sha256(content[8 + length :]).hexdigest()
     assert header["modelspec.architecture"] == "wan2.1/lora"
     assert (header["wan_dist.expert"], header["modelspec.timestep_range"]) == ("low_noise", "0,875")
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4")  # the scale is in B
