@@ -61,6 +61,15 @@ def cut(keep: float, **options: Any) -> Callable[[Path], Any]:
     return write
 
 
+def changed(before: bytes, after: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(write_clip(path, 24).read_bytes().replace(before, after))
+
+
+def header_only(path: Path) -> None:
+    data = write_clip(path, 24, container_options={"movflags": "frag_keyframe+empty_moov"}).read_bytes()
+    path.write_bytes(data[: data.find(b"moof") - 4])
+
+
 def corrupt(path: Path) -> None:
     """Overwrite part of the frame after the middle, leaving the container whole."""
     write_clip(path, 24, options={**X264, "bf": "0"})
@@ -157,6 +166,7 @@ CASES: Final = [
     Case("vp9.webm", clip(codec="libvpx-vp9", options={"deadline": "realtime", "cpu-used": "8"})),
     Case("av1.mp4", clip(codec="libsvtav1", options={"preset": "12", "svtav1-params": "lp=1"})),
     Case("mpeg4.avi", clip(codec="mpeg4", options={"g": "12"})),
+    Case("b-frames.avi", clip(options={"preset": "medium", "g": "12", "bf": "3"})),
     Case("stream.ts", clip()),
     Case("vfr.mp4", clip(stamps_ms=VFR)),
     Case("rotated.mp4", clip(rotation=90), size=(96, 160)),
@@ -185,6 +195,9 @@ CASES: Final = [
     Case("same-stamps.mkv", clip(fps=3000, options={**X264, "bf": "0"}), "repeated_timestamps"),
     Case("sound.mp4", write_sound_only, "no_video"),
     Case("cover.mp4", cover_art, "no_video"),
+    Case("new-codec.mp4", changed(b"avc1", b"zzzz"), "unknown_codec"),
+    Case("askew.mp4", clip(rotation=45), "odd_rotation"),
+    Case("header.mp4", header_only, "no_frames"),
     Case("tiny.mp4", clip(size=(8, 8)), "bad_frame_size"),
     Case("strip.mp4", clip(size=(1000, 20)), "bad_frame_size"),
     Case("bomb.png", content(png_bomb(60_000, 60_000)), "bad_frame_size"),

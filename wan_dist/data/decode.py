@@ -90,7 +90,8 @@ def decode_clip(
             out = np.empty((bucket.num_frames, bucket.height, bucket.width, 3), np.uint8)
         # Decoding usually starts at the last keyframe before the first frame; where that seek misses, at the head.
         if not (_starts_late(timeline, chosen) and _fill(source, chosen, bucket, crop_xy, out, seek=True)):
-            _fill(source, chosen, bucket, crop_xy, out, seek=False)
+            stamps = timeline.pts.tolist() if timeline.by_count else None
+            _fill(source, chosen, bucket, crop_xy, out, seek=False, stamps=stamps)
     except (MediaError, FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{name}: cannot be decoded: {told(error)}") from error
     return out
@@ -126,7 +127,7 @@ def _chosen_pts(
 
 def _starts_late(timeline: Timeline, chosen: NDArray[np.int64]) -> bool:
     """Whether some frames can be left undecoded: a later keyframe than the first precedes the first chosen frame."""
-    return bool((timeline.keyframe_pts <= chosen[0]).sum() > 1)
+    return not timeline.by_count and bool((timeline.keyframe_pts <= chosen[0]).sum() > 1)
 
 
 def _fill(
@@ -137,8 +138,11 @@ def _fill(
     out: NDArray[np.uint8],
     *,
     seek: bool,
+    stamps: list[int] | None = None,
 ) -> bool:
     """Decode the frames with stamps `chosen` into `out`. False if a seek did not lead to all of them.
+
+    Read from the head, the n-th frame has the n-th of `stamps` where they are given, and not its own.
 
     Raises:
         MediaError: read from the head, and a frame did not come out.
@@ -146,11 +150,13 @@ def _fill(
     missing = set(chosen.tolist())
     reformatter = VideoReformatter()  # kept, because it computes the resize's weights once
     shape: tuple[int, int] | None = None
-    for frame, aspect in _frames_from(source, int(chosen[0]) if seek else None):
+    for count, (frame, aspect) in enumerate(_frames_from(source, int(chosen[0]) if seek else None)):
         if shape not in (None, (frame.width, frame.height)):
             raise MediaError("resolution_change", f"{shape} px becomes {(frame.width, frame.height)}; split the clip")
         shape = (frame.width, frame.height)
         pts = frame.pts or 0  # a still image may have none
+        if stamps is not None:
+            pts = stamps[count] if count < len(stamps) else -1
         if pts in missing:
             if frame.is_corrupt:
                 break

@@ -12,7 +12,7 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from wan_dist.core.errors import ConfigError
-from wan_dist.data.media import MediaError, Source, open_media, read_timeline, told
+from wan_dist.data.media import MediaError, Source, is_stamped_by_count, open_media, read_timeline, told
 
 STATIC_LEVELS: Final = 4
 """A clip is static if no pixel of its thumbnails ever differs from the first by more, in levels of 255."""
@@ -86,6 +86,7 @@ def decode_strictly(source: Source) -> Iterator[VideoFrame]:
     count = 0
     shape: tuple[int, int] | None = None
     last: int | None = None
+    stamps = _stamps_by_count(source)
     with open_media(source) as (container, video):
         # Without it the decoder paints over the damage and says nothing.
         video.codec_context.options = {**video.codec_context.options, "err_detect": "explode"}
@@ -107,6 +108,8 @@ def decode_strictly(source: Source) -> Iterator[VideoFrame]:
                     f"{shape} px becomes {(frame.width, frame.height)} at frame {count}; split it, or use --salvage",
                 )
             shape = frame.width, frame.height
+            if stamps is not None:
+                frame.pts = stamps[count] if count < len(stamps) else None
             if frame.pts is None:
                 raise MediaError("no_timestamps", "frames without time stamps; remux to mp4 with new stamps")
             if last is not None and frame.pts <= last:
@@ -114,6 +117,14 @@ def decode_strictly(source: Source) -> Iterator[VideoFrame]:
             last = frame.pts
             count += 1
             yield frame
+
+
+def _stamps_by_count(source: Source) -> list[int] | None:
+    """Return the stamps of all frames where those of decoded frames are wrong, else None."""
+    with open_media(source) as (container, video):
+        if not is_stamped_by_count(container, video):
+            return None
+        return read_timeline(container, video).pts.tolist()
 
 
 def is_static(thumbs: NDArray[np.uint8]) -> bool:

@@ -60,11 +60,13 @@ class Timeline:
         pts: [N], int64, strictly increasing presentation stamps, in units of `time_base`.
         keyframe_pts: [K], int64, stamps at which decoding can start, increasing.
         time_base: seconds per unit.
+        by_count: decoded frames have stamps that are not theirs: the n-th frame that comes out has the n-th stamp.
     """
 
     pts: NDArray[np.int64]
     keyframe_pts: NDArray[np.int64]
     time_base: Fraction
+    by_count: bool = False
 
     @property
     def stamps_s(self) -> NDArray[np.float64]:
@@ -157,7 +159,15 @@ def read_timeline(
         raise MediaError("repeated_timestamps", "two frames share a time stamp; transcode with a constant frame rate")
     if video.time_base is None:
         raise MediaError("no_timestamps", "the stream has no time base; remux to mp4")
-    return Timeline(ordered, np.sort(np.array(keys, np.int64)), video.time_base)
+    return Timeline(ordered, np.sort(np.array(keys, np.int64)), video.time_base, is_stamped_by_count(container, video))
+
+
+def is_stamped_by_count(container: InputContainer, video: VideoStream) -> bool:
+    """Whether the stamps of decoded frames are wrong where B-frames reorder them.
+
+    AVI keeps none, and FFmpeg numbers the packets of these codecs in the order of the file.
+    """
+    return "avi" in container.format.name and video.codec_context.name in ("h264", "hevc")
 
 
 def promised_timeline(

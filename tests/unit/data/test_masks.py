@@ -66,6 +66,7 @@ def test_masks_that_do_not_fit_are_rejected_with_their_clip(packed: tuple[Path, 
     assert "its mask is 32x64 px, the clip 128x64; give it the clip's aspect ratio" in said
     assert "its mask has 7 frames at 8 fps, the clip 12 at 8; export both alike" in said
     assert "no clip nobody beside it" in said
+    assert (said.count('"bad_mask"'), said.count('"lone_mask"')) == (2, 1)
 
 
 def test_a_lost_index_is_made_anew_with_its_masks(packed: tuple[Path, str]) -> None:

@@ -56,7 +56,9 @@ def test_image_is_one_frame(tmp_path: Path) -> None:
 def bad_files(folder: Path) -> dict[str, tuple[bytes, str]]:
     whole = write_clip(folder / "whole.mp4", 30, container_options={"movflags": "faststart"}).read_bytes()
     late = write_clip(folder / "late.mp4", 30).read_bytes()
+    start, end = late.find(b"mdat") + 4, late.rfind(b"moov") - 4
     return {
+        "filled.mp4": (late[:start] + b"\xff" * (end - start) + late[end:], "undecodable"),
         "zero.mp4": (b"", "empty_file"),
         "page.mp4": (b"<!DOCTYPE html><html>404</html>" * 50, "not_media"),
         "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not_media"),
