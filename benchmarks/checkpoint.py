@@ -1,13 +1,18 @@
 """Benchmarks of checkpoints and exports, each against its peers in one run.
 
-Run `python benchmarks/checkpoint.py consolidate|merge [--quick]`.
+Run `python benchmarks/checkpoint.py consolidate|merge|save|load [--quick]`.
 """
 
 import argparse
 import os
 from importlib import import_module
 
-PARTS = {"consolidate": "checkpoint_consolidate", "merge": "checkpoint_merge"}
+PARTS = {
+    "consolidate": "checkpoint_consolidate",
+    "merge": "checkpoint_merge",
+    "save": "checkpoint_save",
+    "load": "checkpoint_load",
+}
 """Module of each part; it has `run(quick)`, which prints a table."""
 
 
