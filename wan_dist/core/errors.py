@@ -31,7 +31,13 @@ class StorageError(DataError):
     """Shards cannot be reached, or changed while they were read: no sample is to blame, so none is replaced."""
 
 
-class NotFiniteError(DataError):
+class UnfitDataError(DataError):
+    """Data that are whole and cannot be what the configuration asks for: one of the two must change."""
+
+    exit_code = 2
+
+
+class NotFiniteError(UnfitDataError):
     """Latents or text embeddings hold NaN or infinity: whatever made them is broken, so no sample is replaced."""
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wan_dist.core.buckets import make_buckets, merge_small_buckets
-from wan_dist.core.errors import DataError
+from wan_dist.core.errors import DataError, UnfitDataError
 from wan_dist.core.order import SampleOrder, Tail
 from wan_dist.core.words import counted
 from wan_dist.data.assign import DROP_REASONS, ClipRules, FrameChoice, assign_clips, explain_drops, time_window
@@ -118,7 +118,7 @@ class ClipDataset:
         if not dataset.counts.any():
             indexes = [m.shards.index(number) for m, number in dataset._places]
             why = explain_drops(dataset.drops, indexes)
-            raise DataError(f"{dataset.name}: none of {counted(dataset.num_clips, 'clip')} can be used: {why}.")
+            raise UnfitDataError(f"{dataset.name}: none of {counted(dataset.num_clips, 'clip')} can be used: {why}.")
         logger.info("%s", dataset.table())
         return dataset
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.buckets import FIXED_RULES
-from wan_dist.core.errors import DataError
+from wan_dist.core.errors import DataError, UnfitDataError
 from wan_dist.data.cached import CachedSamples
 from wan_dist.data.family import find_families, open_family, read_fingerprint
 from wan_dist.data.family_reader import FamilyReader
@@ -171,10 +171,10 @@ def _find(kind: Kind, shards: ShardSet, wanted: Callable[[ShardSet], dict[str, A
 
 
 def _refuse_other(kind: Kind, folder: Path, wanted: Mapping[str, Any]) -> None:
-    """Raise DataError if a family was made from something else than `wanted`."""
+    """Raise UnfitDataError if a family was made from something else than `wanted`."""
     found = differences(read_fingerprint(folder), wanted)
     if found:
-        raise DataError(
+        raise UnfitDataError(
             f"{folder}: was made from something else than this run uses: {'; '.join(found)}. Run `wan-data cache` "
             f"again with this config, or set {_KEYS[kind]}: none to encode online."
         )
