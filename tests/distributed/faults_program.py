@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import engines
-from wan_dist.io import saving
+from wan_dist.io import synced_file
 from wan_dist.io.checkpoint import newest_whole
 from wan_dist.io.restoring import restore
 from wan_dist.io.saving import Outcome, Saver
@@ -46,7 +46,7 @@ class Points:
     def install(self) -> None:
         for name in WRITES:
             setattr(os, name, self._wrapped(getattr(os, name)))
-        write = saving._HashingFile.write
+        write = synced_file.HashingFile.write
 
         def half_written(out: Any, data: Any) -> int:
             if len(data) < 256:  # heads of a zip's members: 150 of them in a save
@@ -57,7 +57,7 @@ class Points:
             self.passed()
             return write(out, data)
 
-        saving._HashingFile.write = half_written  # type: ignore[method-assign]
+        synced_file.HashingFile.write = half_written  # type: ignore[method-assign]
 
     def _wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*words: Any, **options: Any) -> Any:

@@ -6,7 +6,11 @@ inner code takes plain arguments.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from wan_dist.config.schema_data import DataConfig
+from wan_dist.config.schema_run import CheckpointConfig, LogConfig, SamplesConfig, ValidationConfig
+from wan_dist.config.section import Fraction, Section
 
 CONFIG_VERSION = 1
 
@@ -14,14 +18,6 @@ VariantName = Literal["ti2v-5B", "t2v-A14B", "i2v-A14B"]
 ExpertName = Literal["high_noise", "low_noise"]
 ComponentName = Literal["transformer", "high_noise", "low_noise"]
 LoraTargets = Literal["attention", "blocks", "all"]
-ShardsName = Annotated[str, Field(min_length=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys fail, values are not coerced, instances are frozen."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class ModelConfig(Section):
@@ -77,101 +73,6 @@ class MethodConfig(Section):
     init_text: str = Field(
         default="", description="embedding: words whose vectors the new ones start from; empty takes the mean vector."
     )
-
-
-class DatasetConfig(Section):
-    """One data set of a mixture."""
-
-    path: str = Field(min_length=1, description="Folder or URL of its shards.")
-    weight: float | None = Field(
-        default=None, gt=0, description="Its share of the samples relative to the other weights; null goes by size."
-    )
-    repeats: float = Field(default=1.0, gt=0, description="How often each of its clips comes per epoch.")
-    loss_weight: float = Field(default=1.0, ge=0, description="What the loss of its clips is multiplied by.")
-    kind: Literal["train", "prior"] = Field(
-        default="train",
-        description="prior: its clips are not learned; the target is what the model gives without its adapters.",
-    )
-
-
-class DataConfig(Section):
-    """Where clips come from and what the model sees of them."""
-
-    shards: ShardsName | Annotated[list[DatasetConfig], Field(min_length=1)] = Field(
-        description="Folder or URL (http, https, s3, gs, hf) written by `wan-data pack`, or a list of data sets."
-    )
-    sizes: list[tuple[int, int]] = Field(
-        min_length=1, description="Spatial buckets as [width_px, height_px]. A clip goes to the nearest aspect ratio."
-    )
-    num_frames: list[int] = Field(
-        min_length=1, description="Temporal buckets, 4n+1 frames. A clip goes to the longest that it fills."
-    )
-    fps: float = Field(gt=0, description="Frames per second that clips are resampled to.")
-    frame_choice: Literal["head", "center", "random", "chunk", "uniform", "native"] = Field(
-        default="head",
-        description="Which part of a longer clip is used. chunk: one of the parts that lie end to end; uniform: frames "
-        "spread over all of it, at another speed; native: consecutive frames at the clip's own rate, from anywhere.",
-    )
-    crop: Literal["center", "random"] = Field(
-        default="center", description="Which part is kept after the cover-resize."
-    )
-    allow_duplicate_frames: bool = Field(
-        default=False, description="Use clips whose frame rate is under 0.9 times `fps` by repeating frames."
-    )
-    allow_upscale: bool = Field(default=False, description="Use clips that are smaller than their bucket.")
-    latents: str = Field(
-        default="auto",
-        min_length=1,
-        description="Cached latents: auto takes what `wan-data cache` left in `shards` and refuses what does not fit; "
-        "none encodes online; else the folder of a family.",
-    )
-    text_embeds: str = Field(
-        default="auto", min_length=1, description="Cached text embeddings: auto, none or a folder, as `latents`."
-    )
-    validation: ShardsName | Annotated[list[DatasetConfig], Field(min_length=1)] | None = Field(
-        default=None, description="Held-out shards, as `shards`. A clip that is in both is an error."
-    )
-    source: Literal["indexed", "stream"] = Field(
-        default="indexed",
-        description="stream reads tars of other programs from end to end, with looser guarantees (docs/data.md).",
-    )
-    tail: Literal["carry", "pad", "merge", "drop"] = Field(
-        default="carry",
-        description="Clips that do not fill a batch: carry into the next epoch, pad with samples of no weight, "
-        "merge small buckets into the nearest one, or drop.",
-    )
-    decode: Literal["process", "thread"] = Field(
-        default="process", description="process: a clip that crashes the decoder costs one sample, not the run."
-    )
-    cache_dir: str | None = Field(
-        default=None, min_length=1, description="Local folder that keeps parts of remote shards."
-    )
-    cache_gib: float = Field(default=100.0, gt=0, description="Size of `cache_dir`, GiB.")
-    caption_dropout: Fraction = Field(default=0.1, description="Share of samples trained on the empty prompt.")
-    i2v_probability: Fraction = Field(
-        default=0.0,
-        description="ti2v-5B: share of the videos whose first frame is given; the others are text-to-video.",
-    )
-    first_frame_noise: bool = Field(
-        default=False,
-        description="Add noise of scale exp(N(-3.5, 0.5)) to the first frames that i2v_probability gives.",
-    )
-    flf2v_probability: Fraction = Field(
-        default=0.0, description="i2v-A14B: share of the videos whose last frame is given beside the first."
-    )
-    num_workers: int = Field(default=2, ge=0, description="Threads per rank that read and decode ahead.")
-    memory_cache_gib: float = Field(
-        default=1.0, ge=0, description="Host memory per rank for encoded latents and text that are used again, GiB."
-    )
-    max_bad_fraction: Fraction = Field(
-        default=0.05, description="Training stops once more than this share of the samples read was unreadable."
-    )
-
-    @field_validator("sizes", mode="before")
-    @classmethod
-    def _lists_to_tuples(cls, value: object) -> object:
-        # YAML has lists only; strict mode would refuse them for tuples.
-        return [tuple(v) if isinstance(v, list) else v for v in value] if isinstance(value, list) else value
 
 
 class FlowConfig(Section):
@@ -303,94 +204,6 @@ class ParallelConfig(Section):
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="Further DeepSpeed keys. One that wan_dist sets itself is an error."
     )
-
-
-class ValidationConfig(Section):
-    """The loss on `data.validation`."""
-
-    every: int = Field(default=500, gt=0, description="Steps between measurements; there is one after the last step.")
-    num_sigmas: int = Field(default=4, gt=0, description="Noise levels per clip and expert, spread evenly.")
-    max_clips: int = Field(default=64, gt=0, description="Clips measured at most, the same ones each time.")
-
-
-class SamplesConfig(Section):
-    """Videos drawn while training runs."""
-
-    every: int = Field(default=0, ge=0, description="Steps between them; 0 draws none.")
-    prompts: list[str] = Field(default_factory=list, description="What to draw, a video each.")
-    prompts_file: str | None = Field(default=None, min_length=1, description="File of further prompts, a line each.")
-    images: list[str] = Field(
-        default_factory=list, description="First frames, image files; one per prompt, or none for text to video."
-    )
-    size: tuple[int, int] | None = Field(
-        default=None, description="[width, height] in px; null: the first of data.sizes."
-    )
-    num_frames: int | None = Field(default=None, description="4n+1; null: the first of data.num_frames.")
-    num_inference_steps: int | None = Field(default=None, gt=0, description="Denoising steps; null: the official ones.")
-    guidance_scale: float | None = Field(default=None, ge=1, description="1 is none; null: the official ones.")
-    negative_prompt: str = Field(default="", description="What guidance leads away from.")
-    seed: int = Field(default=0, ge=0, description="Seed of the first video's noise; the next ones count up.")
-    use_average: bool = Field(default=True, description="Draw with averaged weights where the run keeps some.")
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _list_to_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
-
-class _CheckpointFields(Section):
-    save_every: int = Field(default=500, ge=0, description="Steps between checkpoints; 0 saves at the end only.")
-    keep_last: int = Field(default=3, gt=0, description="Newest checkpoints kept.")
-    keep_every: int = Field(default=0, ge=0, description="Steps whose multiples are kept for good; 0 for none.")
-    resume: Literal["auto", "require", "never"] = Field(
-        default="auto", description="auto continues if a whole checkpoint exists, require fails without one."
-    )
-    grace_s: float = Field(
-        default=120.0,
-        gt=0,
-        description="Seconds that a job told to stop may take for its last step, and that its save may stand still.",
-    )
-    trust: bool = Field(
-        default=False, description="Resume a checkpoint that no run of this user wrote. Its shards can run code."
-    )
-
-
-# `async` is a word of Python and cannot be written as an attribute.
-_CheckpointWithAsync = create_model(
-    "_CheckpointWithAsync",
-    __base__=_CheckpointFields,
-    **{
-        "async": (
-            bool,
-            Field(default=True, description="Write checkpoints in another process while training goes on."),
-        )
-    },  # type: ignore[arg-type]
-)
-
-
-class CheckpointConfig(_CheckpointWithAsync):
-    """When the run is saved and how it continues."""
-
-    @property
-    def asynchronous(self) -> bool:
-        """The key `async`."""
-        return bool(getattr(self, "async"))
-
-
-class LogConfig(Section):
-    """What is written while training runs."""
-
-    every: int = Field(default=10, gt=0, description="Steps between lines, TensorBoard points and metrics.jsonl rows.")
-    tensorboard: bool = Field(default=True, description="Write TensorBoard events into the run folder.")
-    wandb_project: str | None = Field(
-        default=None, min_length=1, description="Report to this wandb project too; WANDB_MODE=offline keeps it local."
-    )
-    peak_tflops: float | None = Field(
-        default=None,
-        gt=0,
-        description="Peak of one device for MFU, TFLOP/s; null takes a known GPU's bf16 peak.",
-    )
-    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Log level of rank 0.")
 
 
 class TrainConfig(Section):

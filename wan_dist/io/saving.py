@@ -6,7 +6,6 @@ done, and rank 0 commits. Whatever goes wrong costs the save under way: the prev
 on, and the next save tries again.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from wan_dist.io import random_state
 from wan_dist.io.capture import capture
 from wan_dist.io.checkpoint import TEMPORARY_PREFIX, folder_name
 from wan_dist.io.file_image import FileImage, UnknownLayoutError, safetensors_image, torch_image
-from wan_dist.io.hashing import sha256_of
+from wan_dist.io.synced_file import write_image, write_synced
 from wan_dist.io.writer import Arena, WriterProcess
 
 logger = logging.getLogger(__name__)
@@ -202,7 +201,7 @@ class Saver:
 
     def _keep_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         image = safetensors_image({name: tensor.detach() for name, tensor in tensors.items()})
-        self._keep(path, lambda: image, lambda out: _write_image(image, out))
+        self._keep(path, lambda: image, lambda out: write_image(image, out))
 
     def _keep(self, path: Path, image_of: Callable[[], FileImage], write: Callable[[IO[bytes]], None]) -> None:
         """Have a file written, by the writer process if its image fits into memory, else here and now."""
@@ -213,7 +212,7 @@ class Saver:
         try:
             if self._asynchronous and self._hand_over(path, name, image_of):
                 return
-            self._pending.files[name] = _write_now(path, write)
+            self._pending.files[name] = write_synced(path, write)
         except Exception as error:  # every rank must reach the agreement on this save, whatever went wrong here
             self._fail(f"{name}: {error}")
 
@@ -330,43 +329,3 @@ def _from_rank_0(action: Callable[[], str | None]) -> str | None:
     values = [action() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-class _HashingFile:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._handle = handle
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._handle.write(data)
-
-    def flush(self) -> None:
-        self._handle.flush()
-
-
-def _write_now(path: Path, write: Callable[[Any], None]) -> dict[str, Any]:
-    """Write, sync and read back one file; return its size and hash.
-
-    Raises:
-        OSError: the disk is full or broken.
-    """
-    with path.open("wb") as handle:
-        out = _HashingFile(handle)
-        write(out)
-        handle.flush()
-        os.fsync(handle.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    written = out.digest.hexdigest()
-    if sha256_of(path) != written:
-        raise OSError(f"{path} reads back differently from what was written")
-    return {"bytes": path.stat().st_size, "sha256": written}
-
-
-def _write_image(image: FileImage, out: Any) -> None:
-    content = torch.empty(image.size, dtype=torch.uint8)
-    image.copy_to(content)
-    out.write(content.numpy().data)

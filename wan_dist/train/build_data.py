@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from wan_dist.config.schema import DatasetConfig, TrainConfig
+from wan_dist.config.schema import TrainConfig
+from wan_dist.config.schema_data import DatasetConfig
 from wan_dist.core.order import SampleOrder
 from wan_dist.data.assign import ClipRules
 from wan_dist.data.batching import ClipBatches

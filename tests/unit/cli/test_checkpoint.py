@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests.checkpoints import write_run
 from wan_dist.cli.main import app
-from wan_dist.config.schema import CheckpointConfig
+from wan_dist.config.schema_run import CheckpointConfig
 from wan_dist.core.errors import CheckpointError
 from wan_dist.io.run_folder import claim_run
 
