@@ -16,6 +16,8 @@ from wan_dist.data.shapes import draw_clips
 from wan_dist.models.wan.build import make_tiny_pipeline
 from wan_dist.parallel.launch import run_ranks
 
+pytestmark = pytest.mark.proof
+
 PROGRAM = Path(__file__).with_name("methods_program.py")
 LORA = ["method={kind: lora, rank: 4, alpha: 8}"]
 # alpha / sqrt(rank) = 8 / sqrt(4) is the 16 / 4 of plain LoRA.
@@ -112,7 +114,6 @@ def test_full_training_is_the_same_however_it_is_shared(ran: dict[str, Any], nam
     assert _series(ran[name], "norm") == pytest.approx(_series(ran["full"], "norm"), rel=1e-4)
 
 
-@pytest.mark.proof
 def test_two_data_ranks_of_two_sequence_ranks_are_one_rank(config: Path) -> None:
     cases = {name: CASES[name] for name in ("sequence", "sequence full")}
     alone = {name: [word for word in words if "sequence" not in word] for name, words in cases.items()}

@@ -69,6 +69,7 @@ def assert_recovered(result: dict[str, Any], clean: dict[str, Any]) -> None:
     assert not [name for name in result["folders"] if name.startswith(".tmp")]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", KILLED)
 def test_a_killed_rank_costs_the_save_under_way_and_no_more(results: dict[str, Any], name: str) -> None:
     result = results[name]
@@ -77,6 +78,7 @@ def test_a_killed_rank_costs_the_save_under_way_and_no_more(results: dict[str, A
     assert_recovered(result, results["clean"])
 
 
+@pytest.mark.proof
 def test_a_killed_writer_costs_one_save_and_training_goes_on(results: dict[str, Any]) -> None:
     result = results["writer of rank 1"]
     assert result["first"]["statuses"] == [0, 0]
@@ -97,6 +99,7 @@ def assert_refused(name: str, result: dict[str, Any], clean: dict[str, Any]) -> 
     assert result["folders"] == ["latest", "step-00000002", "step-00000004"]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_disk_costs_one_save_and_training_goes_on(results: dict[str, Any], name: str) -> None:
     if not _may_mount():

@@ -104,7 +104,8 @@ def test_kill_of_the_launch_command_leaves_no_orphan(material: Material) -> None
     assert_stopped_and_saved(job, 128 + signal.SIGTERM)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.proof)])
+@pytest.mark.proof
+@pytest.mark.parametrize("rank", [0, 1])
 def test_kill_of_one_rank_ends_the_others(material: Material, rank: int) -> None:
     job = Endless(material, f"kill-rank-{rank}")
     job.wait_for_steps()

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tests.distributed.layouts_program import CASES
 from tests.processes import run_program
 
+pytestmark = pytest.mark.proof
+
 PROGRAM = Path(__file__).with_name("layouts_program.py")
 # DeepSpeed's optimizer for bf16 with fp32 accumulation under ZeRO-1 does not name its stage, and ZeRO-0 has no shards.
 EXPORTED = [name for name in CASES if name not in ("zero1", "zero0")]
