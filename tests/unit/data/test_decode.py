@@ -6,7 +6,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from tests.clips import draw_frame, read_number, read_numbers, write_clip
 from wan_dist.core.buckets import Bucket
@@ -90,6 +92,39 @@ def test_odd_sizes_and_formats_are_converted(tmp_path: Path, size: tuple[int, in
     if pix_fmt != "gray":  # the test's own conversion to gray leaves the range untagged
         # Lossy coding and the resize blur the columns' edges; their levels stay.
         assert abs(float(frames[3].mean()) - float(draw_frame(3, *size).mean())) < 6
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+def test_colours_of_a_resize_are_those_of_the_formulas(tmp_path: Path, full_range: bool) -> None:
+    """Against planes resized in fp32 by torch and BT.601's matrix; one step of swscale to RGB is 5 off."""
+    axes = np.meshgrid(np.linspace(0, 9, 96), np.linspace(0, 6, 160), indexing="ij")
+    waves = [np.sin(k * axes[0] + m * axes[1] ** 1.2) for k, m in ((1.0, 1.7), (2.3, 0.9), (0.4, 3.1))]
+    picture = (128 + 90 * np.stack(waves, -1)).astype(np.uint8)
+    path, source_range = tmp_path / "clip.mkv", 2 if full_range else 1
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        stream.codec_context.color_range, stream.codec_context.colorspace = source_range, 5
+        frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p", dst_color_range=source_range)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.color_range, frame.colorspace) == (source_range, 5)
+        planes = [np.array(p, np.uint8).reshape(p.height, p.line_size)[:, : p.width] for p in frame.planes]
+    scaled = [
+        interpolate(torch.from_numpy(p)[None, None].float(), (48, 80), mode="bicubic", antialias=True)[0, 0].numpy()
+        for p in planes
+    ]
+    luma, blue, red = (
+        (scaled[0], scaled[1] - 128, scaled[2] - 128)
+        if full_range
+        else ((scaled[0] - 16) * 255 / 219, (scaled[1] - 128) * 255 / 224, (scaled[2] - 128) * 255 / 224)
+    )
+    green = luma - 0.114 * 1.772 / 0.587 * blue - 0.299 * 1.402 / 0.587 * red
+    wanted = np.stack([luma + 1.402 * red, green, luma + 1.772 * blue], -1).clip(0, 255)
+    found = decode_clip(path, Bucket(80, 48, 1), fps=24)[0]
+    assert np.abs(found - wanted).mean() < 1.0
 
 
 def test_crop_places() -> None:
