@@ -109,8 +109,10 @@ def make_lesson(
     return Lesson(shards, model, side, {key: encoded(vae, f) for key, f in frames.items()}, frames)
 
 
-def train(lesson: Lesson, folder: Path, breakage: str, num_steps: int, **sections: dict[str, Any]) -> Path:
-    """Train on two ZeRO-3 ranks with one formula broken, or none, and return the run's folder."""
+def train(
+    lesson: Lesson, folder: Path, breakage: str, num_steps: int, *, alone: bool = False, **sections: dict[str, Any]
+) -> Path:
+    """Train on two ZeRO-3 ranks, or on one, with one formula broken, or none, and return the run's folder."""
     data = {"shards": str(lesson.shards), "sizes": [[lesson.side, lesson.side]], "num_frames": [NUM_FRAMES]}
     config = write_config(
         folder / "config.yaml",
@@ -123,14 +125,17 @@ def train(lesson: Lesson, folder: Path, breakage: str, num_steps: int, **section
         log={"every": 50},
         **sections,
     )
-    command = deepspeed_command(["0", "1"], ["tests.proofs.sabotaged_train", breakage, str(config)], port=free_port())
-    assert run_ranks(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) == 0
+    program, env = ["tests.proofs.sabotaged_train", breakage, str(config)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    if alone:
+        subprocess.run([sys.executable, "-m", *program], check=True, env=env)
+    else:
+        assert run_ranks(deepspeed_command(["0", "1"], program, port=free_port()), env=env) == 0
     return folder / "run"
 
 
-def train_and_export(lesson: Lesson, folder: Path, breakage: str, num_steps: int, **sections: dict[str, Any]) -> Path:
+def train_and_export(lesson: Lesson, folder: Path, breakage: str, num_steps: int, **options: Any) -> Path:
     """Train as `train` does and return the exported pipeline."""
-    run, export = train(lesson, folder, breakage, num_steps, **sections), folder / "export"
+    run, export = train(lesson, folder, breakage, num_steps, **options), folder / "export"
     run_wan_dist("consolidate", str(run), str(export))
     return export
 
