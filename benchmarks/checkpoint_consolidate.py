@@ -16,7 +16,7 @@ import torch
 from measure import hardware, interleave, median_ratio, versions
 from safetensors.torch import load_file
 
-from wan_dist.io.hashing import sha256_of
+from wan_dist.core.hashing import sha256_of
 from wan_dist.io.safetensors_stream import write_sharded
 from wan_dist.io.tensor_stream import of_shards
 from wan_dist.io.zero_shards import read_master_weights

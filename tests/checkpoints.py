@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wan_dist.io.hashing import sha256_of, write_json_atomic
+from wan_dist.core.hashing import sha256_of
+from wan_dist.io.hashing import write_json_atomic
 from wan_dist.io.trust import sign
 
 

@@ -6,7 +6,6 @@ file of its own in `journal/`. Whoever finds all of them finished writes the man
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import numpy as np
 from safetensors.torch import save
 
 from wan_dist.core.errors import DataError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.data.cache_sources import Encoded, Source
 from wan_dist.data.family import (
     EMPTY_NAME,
@@ -235,7 +235,7 @@ def finish(plan: FamilyPlan) -> FamilyManifest | None:
         num_bytes=sum(entry.num_bytes for entry in entries),
         rejects={"not_encoded": len(problems)} if problems else {},
         shards=entries,
-        files={name: _sha256(plan.folder / name) for name in files},
+        files={name: sha256_of(plan.folder / name) for name in files},
     )
     write_file(plan.folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
     return manifest
@@ -261,7 +261,7 @@ def verified(plan: FamilyPlan, number: int) -> bool:
         return False
     entry = done.entry
     for name, sha256 in ((entry.name, entry.sha256), (entry.index_name, entry.index_sha256)):
-        if _sha256(plan.folder / name) != sha256:
+        if sha256_of(plan.folder / name) != sha256:
             logger.warning("%s is damaged (checksum differs); it is written again", plan.folder / name)
             _journal_path(plan, number).unlink()
             return False
@@ -274,8 +274,3 @@ def _journal_path(plan: FamilyPlan, number: int) -> Path:
 
 def _to_json(done: DoneShard) -> bytes:
     return json.dumps({"entry": done.entry.model_dump(), "problems": done.problems}, indent=1).encode() + b"\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 import av
 
 from wan_dist.core.errors import ModelError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.data.decode import DECODE_RULES
 from wan_dist.data.encode import MAX_TEXT_TOKENS
 from wan_dist.data.index import ShardSet
@@ -197,14 +198,9 @@ def _weights_digest(folder: Path) -> str:
 
 def _files_digest(files: Sequence[Path]) -> str:
     """Return the SHA-256 over names and hashes; files are hashed side by side, 11 GB of text encoder among them."""
-
-    def hashed(path: Path) -> str:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
     try:
         with ThreadPoolExecutor(4, "hash") as pool:
-            content = [[path.name, digest] for path, digest in zip(files, pool.map(hashed, files), strict=True)]
+            content = [[path.name, digest] for path, digest in zip(files, pool.map(sha256_of, files), strict=True)]
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot be read ({error.strerror}).") from None
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wan_dist.core.errors import DataError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.data.index import (
     MANIFEST_NAME,
     MEMBERS,
@@ -103,7 +104,7 @@ def index_folder(folder: Path, on_shard: Callable[[int, int], None] = lambda _do
                 name=path.name,
                 num_clips=len(np.load(path.with_suffix(".idx.npy"), mmap_mode="r")),
                 num_bytes=path.stat().st_size,
-                sha256=_sha256(path),
+                sha256=sha256_of(path),
                 index_name=path.with_suffix(".idx.npy").name,
                 index_bytes=index.num_bytes,
                 index_sha256=index.sha256,
@@ -253,8 +254,3 @@ def probe_bytes(content: bytes, extension: str, name: str, prober: Prober | None
         stream.write(content)
         stream.flush()
         return prober.probe(Path(stream.name), name)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,10 +1,10 @@
 """Compare every byte of a cached family with what caching wrote down."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from wan_dist.core.errors import DataError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.data.family import Family, open_family, read_fingerprint
 from wan_dist.data.family_reader import FamilyReader
 from wan_dist.data.verify import Damage
@@ -24,7 +24,7 @@ def verify_family(folder: Path, on_shard: Callable[[int, int], None] = lambda _d
     found = [
         Damage(str(folder / name), None, "SHA-256 differs")
         for name, sha256 in family.manifest.files.items()
-        if _sha256(folder / name) != sha256
+        if sha256_of(folder / name) != sha256
     ]
     count = len(family.manifest.shards)
     for number in range(count):
@@ -35,7 +35,7 @@ def verify_family(folder: Path, on_shard: Callable[[int, int], None] = lambda _d
 
 def _verify_shard(family: Family, number: int, reader: FamilyReader) -> list[Damage]:
     entry, tar = family.manifest.shards[number], family.tar_path(number)
-    if _sha256(family.folder / entry.index_name) != entry.index_sha256:
+    if sha256_of(family.folder / entry.index_name) != entry.index_sha256:
         return [Damage(str(family.folder / entry.index_name), None, "index: its SHA-256 differs")]
     damaged: list[Damage] = []
     for row, size in enumerate(family.index(number)["size"].tolist()):
@@ -44,11 +44,6 @@ def _verify_shard(family: Family, number: int, reader: FamilyReader) -> list[Dam
                 reader.read(number, row)
         except DataError as error:
             damaged.append(Damage(str(tar), reader.key_of(number, row), str(error).rpartition(": ")[2]))
-    if not damaged and _sha256(tar) != entry.sha256:
+    if not damaged and sha256_of(tar) != entry.sha256:
         damaged.append(Damage(str(tar), None, "SHA-256 differs, outside of all samples"))
     return damaged
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

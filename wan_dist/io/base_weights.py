@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.core.errors import ModelError
-from wan_dist.io.hashing import sha256_of, write_json_atomic
+from wan_dist.core.hashing import sha256_of
+from wan_dist.io.hashing import write_json_atomic
 
 _CACHE_NAME = "base_sha256.json"
 

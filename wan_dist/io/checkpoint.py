@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.core.errors import CheckpointError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.io import trust
-from wan_dist.io.hashing import sha256_of, sync, write_json_atomic, write_text_atomic
+from wan_dist.io.hashing import sync, write_json_atomic, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

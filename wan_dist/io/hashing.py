@@ -1,23 +1,9 @@
-"""Hashes and durable writes of files."""
+"""Durable writes of files."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
-
-_CHUNK_BYTES = 4 << 20
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as handle:
-        buffer = bytearray(_CHUNK_BYTES)
-        view = memoryview(buffer)
-        while count := handle.readinto(buffer):
-            digest.update(view[:count])
-    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

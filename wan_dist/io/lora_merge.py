@@ -10,9 +10,9 @@ import torch
 
 from wan_dist.adapters.lora_files import LoraWeights, check_expert, read_lora
 from wan_dist.core.errors import CheckpointError, ModelError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.io.component_weights import merged_weights
 from wan_dist.io.consolidate import Progress, check_folder, copied_bytes, copy_pipeline, new_folder
-from wan_dist.io.hashing import sha256_of
 from wan_dist.io.lora_export import check_free
 from wan_dist.io.model_files import WEIGHTS_NAME, ModelFiles, in_naming, open_model
 from wan_dist.io.safetensors_stream import HASH_KEY, num_bytes, write_file, write_sharded

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from wan_dist.core.hashing import sha256_of
 from wan_dist.io.checkpoint import Checkpoint
 from wan_dist.io.component_weights import expert_of, method_of
-from wan_dist.io.hashing import sha256_of
 from wan_dist.io.run_folder import CONFIG_NAME, METRICS_NAME
 from wan_dist.io.safetensors_stream import HASH_KEY
 from wan_dist.models.wan.variants import get_variant

@@ -8,8 +8,8 @@ from typing import IO, Any
 
 import torch
 
+from wan_dist.core.hashing import sha256_of
 from wan_dist.io.file_image import FileImage
-from wan_dist.io.hashing import sha256_of
 
 
 class HashingFile:

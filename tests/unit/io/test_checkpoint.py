@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from wan_dist.core.errors import CheckpointError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.io.checkpoint import (
     MANIFEST_NAME,
     MANIFEST_VERSION,
@@ -18,7 +19,7 @@ from wan_dist.io.checkpoint import (
     step_folders,
 )
 from wan_dist.io.component_weights import find_checkpoint
-from wan_dist.io.hashing import sha256_of, write_json_atomic
+from wan_dist.io.hashing import write_json_atomic
 from wan_dist.io.trust import sign
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.io.hashing import sha256_of, write_json_atomic, write_text_atomic
+from wan_dist.core.hashing import sha256_of
+from wan_dist.io.hashing import write_json_atomic, write_text_atomic
 
 
 @pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, 4 << 20, (4 << 20) + 3])
