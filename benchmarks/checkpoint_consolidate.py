@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import hardware, interleave, median_ratio, versions
+from measure import hardware, interleave, median_ratio, settle, versions
 from safetensors.torch import load_file
 
 from wan_dist.core.hashing import sha256_of
@@ -53,7 +53,7 @@ def run(quick: bool) -> None:
         theirs(source, peer)
         reports = {name: root / f"peak-{number}" for number, name in enumerate(contestants)}
         measured = {name: _measured(work, reports[name]) for name, work in contestants.items()}
-        spent = interleave(measured, rounds, prepare=os.sync)
+        spent = interleave(measured, rounds, prepare=settle)
         peaks = {name: max(map(float, report.read_text().split())) for name, report in reports.items()}
         check_equal(root / "ours" / "weights.safetensors", peer / "model.safetensors")
     print(f"{hardware()}; {versions('torch', 'deepspeed', 'safetensors')}")

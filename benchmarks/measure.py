@@ -1,5 +1,6 @@
 """Measure contestants against each other in one run: interleaved, in processes of their own, medians."""
 
+import mmap
 import os
 import platform
 import statistics
@@ -52,6 +53,18 @@ def interleave(
             if number:
                 spent[name].append(cost)
     return spent
+
+
+def settle(num_bytes: int = 3 << 30) -> None:
+    """Finish pending writes, and touch and free memory: for `interleave`'s `prepare`.
+
+    A page of memory that a virtual machine uses for the first time, or again after its host took it back, costs ten
+    times one that it has. Which contestant meets those would be chance.
+    """
+    os.sync()
+    with mmap.mmap(-1, num_bytes) as memory:
+        for offset in range(0, num_bytes, mmap.PAGESIZE):
+            memory[offset] = 1
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:

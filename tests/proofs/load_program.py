@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from wan_dist.models.wan.transformer import empty_transformer, rebuild_rope
+from wan_dist.models.wan.transformer import empty_transformer
 from wan_dist.parallel.environment import prepare_environment
 
 
@@ -112,7 +112,6 @@ def main(folder: str, out: str) -> None:
         peak = Peak()
         wanted = torch.bfloat16 if dtype == "bf16" else torch.float32
         model = load.build_model(lambda: empty_transformer(config), settings, wanted)
-        rebuild_rope(model)
         load.fill(model, Path(folder))
         added = peak.added_bytes()
         first: Any = next(model.parameters())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wan_dist.adapters.embedding import add_placeholders, expand_prompt
 from wan_dist.core.errors import ModelError
+from wan_dist.core.finite import is_finite
 
 EMBEDDING_KEY = "umt5xxl"
 TOKEN_KEY = "wan_dist.token"
@@ -58,7 +59,7 @@ def read_word(path: Path) -> Word:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors ({error}).") from None
     vectors = vectors[None] if vectors.dim() == 1 else vectors
-    if vectors.dim() != 2 or not vectors.is_floating_point() or not bool(torch.isfinite(vectors).all()):
+    if vectors.dim() != 2 or not vectors.is_floating_point() or not is_finite(vectors):
         raise ModelError(f"{path}: {name} is {list(vectors.shape)} {vectors.dtype}; finite [vectors, width] is needed.")
     own_name = name if name not in (EMBEDDING_KEY, *_OTHER_KEYS) else path.stem
     return Word(metadata.get(TOKEN_KEY, own_name), vectors)

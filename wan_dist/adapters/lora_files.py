@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_dist.core.errors import ModelError
+from wan_dist.core.finite import is_finite
 from wan_dist.models.wan.keys import (
     COMFYUI_PREFIX,
     flat_to_diffusers,
@@ -270,7 +271,7 @@ def _module(path: Path, stem: str, parts: Mapping[str, Tensor], config: Mapping[
     if magnitude is not None and magnitude.numel() != b.shape[0]:
         raise ModelError(f"{path}: {stem} has {magnitude.numel()} magnitudes for {b.shape[0]} output rows.")
     numbers = [a, b, *([] if magnitude is None else [magnitude]), *([parts["alpha"]] if "alpha" in parts else [])]
-    if not all(bool(torch.isfinite(number).all()) for number in numbers):
+    if not all(map(is_finite, numbers)):
         raise ModelError(f"{path}: {stem} holds values that are not finite.")
     scale = float(parts["alpha"].item()) / a.shape[0] if "alpha" in parts else _config_scale(config, stem, a.shape[0])
     return LoraModule(

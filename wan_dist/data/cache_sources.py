@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wan_dist.core.errors import DataError
+from wan_dist.core.finite import is_finite
 from wan_dist.data.clips import ClipDataset, LocatedClip
 from wan_dist.data.encode import Encoders
-from wan_dist.data.family_reader import is_finite
 from wan_dist.data.index import ShardSet
 from wan_dist.data.reader import locate, read_json
 from wan_dist.models.wan.condition import latent_mask

@@ -24,6 +24,7 @@ from torch import Tensor
 from zlib_ng.zlib_ng import crc32
 
 from wan_dist.core.errors import DataError, NotFiniteError
+from wan_dist.core.finite import bf16_bits_are_finite, is_finite
 from wan_dist.data.buffers import BufferPool
 from wan_dist.data.family import EMPTY_NAME, Family
 
@@ -221,20 +222,6 @@ def _check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
             raise NotFiniteError(f"{name}: {part} holds NaN or infinity; {_ADVICE}.")
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether a contiguous bf16 CPU tensor holds neither NaN nor infinity."""
-    return not tensor.numel() or _are_finite(tensor.view(torch.int16).numpy())
-
-
-def _are_finite(bits: NDArray[np.int16]) -> bool:
-    """Return whether the bits of bf16 numbers, at least one, hold neither NaN nor infinity.
-
-    Their exponent is all ones: as int16 the positive ones are the largest numbers, as uint16 the negative ones are.
-    Two maxima are the fastest exact test there is in NumPy, 30 times as fast as `torch.isfinite`.
-    """
-    return bool(bits.max() < 0x7F80 and bits.view(np.uint16).max() < 0xFF80)
-
-
 def _read_checked(fd: int, buffer: NDArray[np.uint8], offset: int, *, search: bool) -> tuple[int, bool]:
     """Fill `buffer` from a file; return the CRC-32 of what came, and False if it may hold NaN or infinity.
 
@@ -253,6 +240,6 @@ def _read_checked(fd: int, buffer: NDArray[np.uint8], offset: int, *, search: bo
         checksum = crc32(view[done:end], checksum)
         if search and finite:
             # Numbers begin at even places, and no text of a header looks like NaN.
-            finite = done % 2 == 0 and count > 1 and _are_finite(buffer[done : end - count % 2].view(np.int16))
+            finite = done % 2 == 0 and count > 1 and bf16_bits_are_finite(buffer[done : end - count % 2].view(np.int16))
         done = end
     return checksum, finite

@@ -5,25 +5,22 @@ silently does not partition (diffusers 0.42.1, deepspeed 0.19.8).
 """
 
 import contextlib
-import ctypes
-import importlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from wan_dist.core.errors import ModelError
+from wan_dist.core.finite import is_finite
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 _CHUNK_ELEMENTS = 4 << 20  # 16 MB of fp32, and a quarter of it for the look at whether all are finite
-# Of glibc's malloc.h; 32 MiB is the highest threshold that it sets by itself.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_SMALL_BYTES, _LARGEST_ON_HEAP_BYTES = 64 << 10, 32 << 20
 
 
 def tensor_files(folder: Path, weights_name: str = WEIGHTS_NAME) -> dict[str, Path]:
@@ -62,45 +59,61 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def build_model(build: Callable[[], nn.Module], ds_config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """Return the module that `build` makes, under ZeRO-3 with its parameters partitioned as they are created.
+    """Return the module that `build` makes, under ZeRO-3 with its parameters partitioned; none is ever whole.
 
-    The caller must rebuild every buffer that `build` computes: inside `zero.Init` even `torch.arange(dtype=float64)`
-    comes out in bf16, which moves WAN's RoPE tables by up to 2.0 (`deepspeed.runtime.zero.partition_parameters`).
+    Its weights are not initialised and its buffers are what `build` computed. As a context `zero.Init` would round them
+    to bf16, and WAN's RoPE tables would be off by up to 2.0 (`deepspeed.runtime.zero.partition_parameters`).
 
     Args:
-        build: makes the module, its weights not initialised.
+        build: makes the module.
         ds_config: the run's DeepSpeed configuration.
         dtype: dtype of the parameters.
     """
-    import deepspeed
+    from accelerate import init_empty_weights
 
+    with init_empty_weights(include_buffers=False):
+        model = build()
     if ds_config["zero_optimization"]["stage"] < 3:
-        return build().to(dtype)
-    # Libraries import it at some point, and inside of `zero.Init`, which replaces tensors' constructors, that fails.
-    importlib.import_module("torch._dynamo")
-    with returned_memory(), deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
-        return build()
+        _replace_parameters(model, lambda shape: torch.empty(shape, dtype=dtype))
+    else:
+        _partition_empty(model, ds_config, dtype)
+    return model
 
 
-@contextlib.contextmanager
-def returned_memory() -> Iterator[None]:
-    """Make the C library give freed memory back at once, where it is glibc.
+def _replace_parameters(model: nn.Module, make: Callable[[torch.Size], Tensor]) -> None:
+    made: dict[int, nn.Parameter] = {}  # a tied weight stays tied
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(make(old.shape), requires_grad=old.requires_grad)
+            setattr(module, name, made[id(old)])
 
-    While a model is built each parameter exists whole for a moment. glibc learns from that to take even large ones from
-    its heap, which then has holes: up to 299 MB for a partition of 222 MB, and 249 MB this way (2 ranks, fp32, CPU).
+
+def _partition_empty(model: nn.Module, ds_config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Partition a module whose parameters have no values yet.
+
+    `zero.Init` wants each parameter whole, sends rank 0's to all and keeps a slice. Here all of them are views of one
+    buffer of zeros and nothing is sent. Zeros that are only read take no memory on a CPU: Linux maps its one zero page.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)
-    try:
-        yield
-    finally:
-        # What glibc would have learnt to by itself: training wants fast reuse and not every tensor mapped anew.
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_ON_HEAP_BYTES)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    count = max(parameter.numel() for parameter in model.parameters())
+    # Of numpy, which asks for zeroed pages; torch would write the zeros.
+    zeros = torch.from_numpy(np.zeros(count * dtype.itemsize, np.uint8)).view(dtype)
+    accelerator: Any = get_accelerator()
+    zeros = zeros.to(accelerator.current_device_name())
+
+    class Init(deepspeed.zero.Init):
+        def _zero_init_param(self, param: Any) -> None:
+            if param.data_ptr() == zeros.data_ptr():
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+            else:  # added to the model later, such as adapters: rank 0's values are sent as ever
+                super()._zero_init_param(param)
+
+    _replace_parameters(model, lambda shape: zeros[: shape.numel()].view(shape))
+    Init(module=model, config_dict_or_path=dict(ds_config))
 
 
 def gather_in_blocks(examples: Sequence[nn.Module], model: nn.Module) -> None:
@@ -150,7 +163,7 @@ def fill(module: nn.Module, folder: Path, weights_name: str = WEIGHTS_NAME) -> N
     parameters = dict(module.named_parameters(remove_duplicate=False))
     _check_names(folder, set(files), parameters)
     for path in sorted(set(files.values())):
-        with returned_memory(), _open(path) as handle:
+        with _open(path) as handle:
             for name in (n for n, f in files.items() if f == path):
                 source = handle.get_slice(name)
                 _fill(parameters[name], source, f"{path}: {name}")
@@ -177,7 +190,7 @@ def _fill(parameter: Any, source: Any, where: str) -> None:
     start = parameter.ds_zero_partition_rank * size if partitioned else 0
     stop = min(start + size, shape.numel())
     for offset, values in _flat_range(source, shape, start, stop):
-        if not torch.isfinite(values).all():
+        if not is_finite(values):
             raise ModelError(f"{where}: holds values that are not finite.")
         target.narrow(0, offset - start, values.numel()).copy_(values)
     filled = max(stop - start, 0)

@@ -11,7 +11,7 @@ from wan_dist.adapters.embedding import EmbeddingModel, PromptTokens
 from wan_dist.adapters.frozen_base import quantise_blocks
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.errors import ConfigError, ModelError
-from wan_dist.models.wan.transformer import empty_transformer, read_transformer_config, rebuild_rope
+from wan_dist.models.wan.transformer import empty_transformer, read_transformer_config
 from wan_dist.models.wan.variants import WanVariant
 from wan_dist.parallel.dist import Ranks
 from wan_dist.parallel.load import build_model, fill, gather_in_blocks, tensor_files
@@ -55,7 +55,6 @@ def build_embedding_engine(
     model: Any = build_model(build, ds_config, dtype)
     fill(model.text_encoder, root / "text_encoder", _TEXT_WEIGHTS)
     for name in names:
-        rebuild_rope(model.transformers[name])
         fill(model.transformers[name], root / component_of(name))
     model.start_from(_first_vectors(cfg, root / "text_encoder").to(dtype), tokens.first_id)
     if cfg.model.base_dtype:

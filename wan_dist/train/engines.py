@@ -17,7 +17,6 @@ from wan_dist.models.wan.transformer import (
     EXPERT_FOLDERS,
     empty_transformer,
     read_transformer_config,
-    rebuild_rope,
 )
 from wan_dist.models.wan.variants import WanVariant
 from wan_dist.parallel.dist import Ranks
@@ -95,7 +94,6 @@ def load_transformer(cfg: TrainConfig, variant: WanVariant, folder: Path, ds_con
     """Return a pretrained transformer in the run's dtype, its blocks gathered whole where it is partitioned."""
     config = read_transformer_config(folder, variant)
     model: Any = build_model(lambda: empty_transformer(config), ds_config, DTYPES[cfg.model.dtype])
-    rebuild_rope(model)
     fill(model, folder)
     if cfg.parallel.zero_stage == 3:
         gather_in_blocks([model.blocks[0]], model)

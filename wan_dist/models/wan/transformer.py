@@ -64,11 +64,3 @@ def empty_transformer(config: dict[str, Any]) -> nn.Module:
     assert isinstance(model, WanTransformer3DModel)
     bind_compact(model)
     return model
-
-
-def rebuild_rope(model: Any) -> None:
-    """Compute the RoPE tables again, exactly; needed after a build inside DeepSpeed's `zero.Init`."""
-    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-
-    config = model.config
-    model.rope = WanRotaryPosEmbed(config.attention_head_dim, tuple(config.patch_size), config.rope_max_seq_len)
