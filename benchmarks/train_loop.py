@@ -33,7 +33,7 @@ def _rank(quick: bool) -> None:
     dist.start(ranks, timeout_s=600)
     contestants = _contestants(ranks, quick)
     spent: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(3 if quick else 11):
+    for number in range(3 if quick else 31):
         for name, work in contestants.items():
             dist.barrier()
             started = time.perf_counter()
@@ -64,6 +64,7 @@ def _contestants(ranks: Any, quick: bool) -> dict[str, Callable[[], object]]:
     from wan_dist.models.wan.variants import get_variant
     from wan_dist.parallel.ds_config import deepspeed_config
     from wan_dist.parallel.load import gather_in_blocks
+    from wan_dist.train.blocks import compile_blocks
     from wan_dist.train.experts import Expert
     from wan_dist.train.loop import train_step
     from wan_dist.train.objective import Objective
@@ -84,26 +85,34 @@ def _contestants(ranks: Any, quick: bool) -> dict[str, Callable[[], object]]:
     )
     whole: Any = build_transformer(get_variant("ti2v-5B")).to(ranks.device, dtype)
     whole.enable_gradient_checkpointing()
-    partitioned: Any = copy.deepcopy(whole)
-    gather_in_blocks([partitioned.blocks[0]], partitioned)
-    optimizer = torch.optim.AdamW(partitioned.parameters(), lr=1e-5, fused=True)
-    engine, *_ = deepspeed.initialize(model=partitioned, optimizer=optimizer, config=settings)
+
+    def partitioned(*, compiled: bool) -> Any:
+        model = copy.deepcopy(whole)
+        gather_in_blocks([model.blocks[0]], model)
+        if compiled:
+            compile_blocks(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+
+    engine, compiled = partitioned(compiled=False), partitioned(compiled=True)
     plain = torch.optim.AdamW(whole.parameters(), lr=1e-5, fused=True)
     side = 8 if quick else 24
     latents = torch.randn(1, 48, 9, side, side, device=ranks.device)
     text = torch.randn(1, 512, whole.config.text_dim, device=ranks.device)
     batch = Batch(keys=("x",), bucket=0, positions=(ranks.rank,), latents=latents, text_embeds=text, condition=None)
     objective = Objective(SigmaSampler(shift=5.0), dtype, 0)
-    expert = Expert(
-        name="transformer",
-        component="transformer",
-        engine=engine,
-        forward=engine,
-        context=contextlib.nullcontext,
-        loss_scale=1.0,
-        objective=objective,
-        lr_at=lambda _: 1e-5,
-    )
+
+    def expert(engine: Any) -> Expert:
+        return Expert(
+            name="transformer",
+            component="transformer",
+            engine=engine,
+            forward=engine,
+            context=contextlib.nullcontext,
+            loss_scale=1.0,
+            objective=objective,
+            lr_at=lambda _: 1e-5,
+        )
 
     def loss_of(model: Any) -> torch.Tensor:
         noise, sigma = torch.randn_like(latents), torch.rand(1, device=ranks.device)
@@ -122,7 +131,8 @@ def _contestants(ranks: Any, quick: bool) -> dict[str, Callable[[], object]]:
         plain.zero_grad(set_to_none=True)
 
     return {
-        "wan_dist, ZeRO-3": lambda: train_step(expert, [batch], lr=1e-5),
+        "wan_dist, ZeRO-3": lambda: train_step(expert(engine), [batch], lr=1e-5),
+        "wan_dist, ZeRO-3, compiled blocks": lambda: train_step(expert(compiled), [batch], lr=1e-5),
         "bare DeepSpeed, ZeRO-3": bare_deepspeed,
         "bare PyTorch, a whole model per rank": bare_pytorch,
     }
