@@ -17,11 +17,12 @@ WIDTH = 1024
 
 
 def run(quick: bool) -> None:
-    """Start two ranks; rank 0 prints the tables."""
+    """Start two ranks, then one, which leaves a core to the writer; rank 0 prints the tables."""
     print(f"{hardware()}; {versions('torch', 'deepspeed')}", flush=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with tempfile.TemporaryDirectory(prefix="wan-dist-benchmark-") as name:
-        subprocess.run([*command, str(Path(__file__)), name, *(["--quick"] if quick else [])], check=True)
+    for num_ranks in (2, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        with tempfile.TemporaryDirectory(prefix="wan-dist-benchmark-") as name:
+            subprocess.run([*command, str(Path(__file__)), name, *(["--quick"] if quick else [])], check=True)
 
 
 def _rank(root: Path, quick: bool) -> None:
@@ -69,7 +70,7 @@ def _rank(root: Path, quick: bool) -> None:
     idle, writing = _steps(step, ours, saver, ranks, rounds)
     saver.close()
     if ranks.is_main:
-        print(f"{ranks.world_size} ranks, {size / 1e6:.0f} MB of masters and moments each; median of {rounds}")
+        print(f"{ranks.world_size} rank(s), {size / 1e6:.0f} MB of masters and moments each; median of {rounds}")
         _print(spent)
         print(f"wan_dist, until it is on disk, read back and committed: {statistics.median(total):.2f} s")
         slower = statistics.median(writing) / statistics.median(idle)
