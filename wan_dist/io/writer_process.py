@@ -100,7 +100,7 @@ def main(channel_fd: int) -> None:
     # Launchers signal whole groups; whether a save goes on is for the rank to decide.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
-    # Training comes first: the writer gets what the ranks leave of the processors, and a rank that wakes goes before it.
+    # Training comes first: the writer gets what the ranks leave of the processors, and a rank that wakes interrupts it.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     channel = socket.socket(fileno=channel_fd)
     progress = Progress(channel)
