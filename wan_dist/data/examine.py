@@ -86,8 +86,9 @@ def decode_strictly(source: Source) -> Iterator[VideoFrame]:
     count = 0
     shape: tuple[int, int] | None = None
     last: int | None = None
-    stamps = _stamps_by_count(source)
     with open_media(source) as (container, video):
+        # Those of decoded frames are then wrong. Another opening, since reading them ends this one.
+        stamps = _all_stamps(source) if is_stamped_by_count(container, video) else None
         # Without it the decoder paints over the damage and says nothing.
         video.codec_context.options = {**video.codec_context.options, "err_detect": "explode"}
         frames = container.decode(video)
@@ -119,11 +120,8 @@ def decode_strictly(source: Source) -> Iterator[VideoFrame]:
             yield frame
 
 
-def _stamps_by_count(source: Source) -> list[int] | None:
-    """Return the stamps of all frames where those of decoded frames are wrong, else None."""
+def _all_stamps(source: Source) -> list[int]:
     with open_media(source) as (container, video):
-        if not is_stamped_by_count(container, video):
-            return None
         return read_timeline(container, video).pts.tolist()
 
 
