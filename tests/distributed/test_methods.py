@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.methods_program import NO_LEAF_MODULES
 from tests.jobs import pack_clips, write_config
 from wan_dist.data.shapes import draw_clips
 from wan_dist.models.wan.build import make_tiny_pipeline
@@ -29,12 +30,14 @@ CASES: dict[str, list[str]] = {
     "stage 0": [*LORA, "parallel.zero_stage=0"],
     "stage 1": [*LORA, "parallel.zero_stage=1"],
     "stage 2": [*LORA, "parallel.zero_stage=2"],
+    "layer by layer": [*LORA, NO_LEAF_MODULES],
     "offload": [*LORA, "parallel.offload_param=cpu", "parallel.offload_optimizer=cpu"],
     "alpha 16": ["method={kind: lora, rank: 4, alpha: 16}"],
     "rslora": ["method={kind: lora, rank: 4, alpha: 8, rslora: true}"],
     "dora": ["method={kind: lora, rank: 4, alpha: 8, dora: true}"],
     "embedding": ["method={kind: embedding, num_vectors: 2}", "optim.lr=0.1"],
     "full": ["optim.expert_lr={low_noise: 0.0005}"],
+    "full layer by layer": ["optim.expert_lr={low_noise: 0.0005}", NO_LEAF_MODULES],
     "full whole": ["optim.expert_lr={low_noise: 0.0005}", "parallel.zero_stage=1"],
     "sequence full": ["optim.expert_lr={low_noise: 0.0005}", "parallel.sequence_parallel=2"],
     "fp8": [*LORA, "model.base_dtype=fp8", "parallel.zero_stage=1"],
@@ -47,7 +50,16 @@ CASES: dict[str, list[str]] = {
     ],
     "not finite": [*LORA, "optim.lr=1e30", "train.num_steps=4", "optim.max_grad_norm=0"],
 }
-SAME_AS_LORA = ["sequence", "no checkpointing", "attention kept", "stage 0", "stage 1", "stage 2", "offload"]
+SAME_AS_LORA = [
+    "sequence",
+    "no checkpointing",
+    "attention kept",
+    "stage 0",
+    "stage 1",
+    "stage 2",
+    "layer by layer",
+    "offload",
+]
 ON_ONE_RANK = ["lora", "embedding", "full"]
 # fp32; another order of sums moves a gradient by 1e-7 relative, and Adam divides by its size.
 RELATIVE = 1e-5
@@ -107,7 +119,7 @@ def test_one_rank_trains_the_same(ran: dict[str, Any], name: str) -> None:
     assert _series(alone, "norm") == pytest.approx(_series(two, "norm"), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["full whole", "sequence full"])
+@pytest.mark.parametrize("name", ["full whole", "full layer by layer", "sequence full"])
 def test_full_training_is_the_same_however_it_is_shared(ran: dict[str, Any], name: str) -> None:
     """A factor of the group's size in the gradients, which DeepSpeed alone would leave, shows in the norm."""
     assert _series(ran[name], "loss") == pytest.approx(_series(ran["full"], "loss"), rel=RELATIVE)
