@@ -88,15 +88,10 @@ def _engine(ranks: Any, num_layers: int) -> tuple[Callable[[], object], Any]:
 
     settings = deepspeed_config(
         micro_batch_size=1,
-        accumulation_steps=1,
         world_size=ranks.world_size,
         dtype="bf16",
         max_grad_norm=1.0,
         zero_stage=3,
-        offload_optimizer="none",
-        offload_param="none",
-        pin_memory=False,
-        extra={},
     )
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_layers)])

@@ -144,15 +144,10 @@ def zero_steps(
         dist.start(dist.ranks_from_environment(), timeout_s=600)
     settings = deepspeed_config(
         micro_batch_size=1,
-        accumulation_steps=1,
         world_size=1,
         dtype="bf16" if bench.dtype == torch.bfloat16 else "fp32",
         max_grad_norm=1.0,
         zero_stage=3,
-        offload_optimizer="none",
-        offload_param="none",
-        pin_memory=False,
-        extra={},
     )
     gather_in_blocks([model.blocks[0]], model)
     # As the trainer does: a first block without an input that needs a gradient would be released too early.

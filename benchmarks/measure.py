@@ -1,5 +1,9 @@
-"""Measure contestants against each other in one run: interleaved, in processes of their own, medians."""
+"""Measure contestants against each other in one run: interleaved, in processes of their own, medians.
 
+It imports nothing heavy: benchmarks set thread counts before those libraries are there.
+"""
+
+import argparse
 import mmap
 import os
 import platform
@@ -8,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,3 +89,21 @@ def hardware() -> str:
 def versions(*packages: str) -> str:
     """Name packages with their versions."""
     return ", ".join(f"{package} {version(package)}" for package in packages)
+
+
+def run_parts(description: str, parts: Mapping[str, str]) -> None:
+    """Run one part of a benchmark, or all of them, as the command line says.
+
+    Args:
+        description: what `--help` says.
+        parts: module of each part; it has `run(quick)`, which prints a table.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("part", choices=[*parts, "all"])
+    parser.add_argument("--quick", action="store_true", help="less data and fewer rounds: to see that it runs")
+    arguments = parser.parse_args()
+    # Before numpy and torch are imported: their thread pools would count as CPU time of whoever comes first.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for part in parts if arguments.part == "all" else [arguments.part]:
+        print(f"\n## {part}", flush=True)
+        import_module(parts[part]).run(arguments.quick)

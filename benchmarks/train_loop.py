@@ -73,15 +73,10 @@ def _contestants(ranks: Any, quick: bool) -> dict[str, Callable[[], object]]:
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     settings = deepspeed_config(
         micro_batch_size=1,
-        accumulation_steps=1,
         world_size=ranks.world_size,
         dtype="bf16" if dtype == torch.bfloat16 else "fp32",
         max_grad_norm=1.0,
         zero_stage=3,
-        offload_optimizer="none",
-        offload_param="none",
-        pin_memory=False,
-        extra={},
     )
     whole: Any = build_transformer(get_variant("ti2v-5B")).to(ranks.device, dtype)
     whole.enable_gradient_checkpointing()

@@ -1,22 +1,11 @@
 """Measure a training step against what the libraries do alone, ratios in one run.
 
-Usage: python benchmarks/train_step.py [CASE] [--quick]
+Run `python benchmarks/train_step.py compact|loop|all [--quick]`.
 """
 
-import sys
-from collections.abc import Callable
+from measure import run_parts
 
-import train_compact
-import train_loop
-
-CASES: dict[str, Callable[[bool], None]] = {
-    "compact": train_compact.run,
-    "loop": train_loop.run,
-}
-"""Name of each case; it gets whether to be quick, and prints a table."""
+PARTS = {"compact": "train_compact", "loop": "train_loop"}
 
 if __name__ == "__main__":
-    arguments = [a for a in sys.argv[1:] if a != "--quick"]
-    for name in arguments or CASES:
-        print(f"\n## {name}")
-        CASES[name]("--quick" in sys.argv)
+    run_parts(str(__doc__), PARTS)

@@ -97,15 +97,10 @@ def main(folder: str, out: str) -> None:
     for dtype in ("fp32", "bf16"):
         settings = deepspeed_config(
             micro_batch_size=1,
-            accumulation_steps=1,
             world_size=ranks.world_size,
             dtype=dtype,  # type: ignore[arg-type]
             max_grad_norm=1.0,
             zero_stage=3,
-            offload_optimizer="none",
-            offload_param="none",
-            pin_memory=False,
-            extra={},
         )
         counts["bytes"] = 0
         dist.barrier()

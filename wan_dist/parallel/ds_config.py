@@ -27,26 +27,26 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
 def deepspeed_config(
     *,
     micro_batch_size: int,
-    accumulation_steps: int,
     world_size: int,
     dtype: Literal["bf16", "fp32"],
     max_grad_norm: float,
     zero_stage: int,
-    offload_optimizer: Device,
-    offload_param: Device,
-    pin_memory: bool,
-    extra: Mapping[str, Any],
+    accumulation_steps: int = 1,
+    offload_optimizer: Device = "none",
+    offload_param: Device = "none",
+    pin_memory: bool = False,
+    extra: Mapping[str, Any] | None = None,
     zero_keys: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run.
 
     Args:
         micro_batch_size: clips per forward pass on one rank.
-        accumulation_steps: forward passes per optimizer step.
         world_size: number of ranks.
         dtype: compute dtype; masters, gradient accumulation and optimizer states are fp32 in both.
         max_grad_norm: global gradient norm limit, 0 for none.
         zero_stage: what is partitioned over the ranks, 0 to 3.
+        accumulation_steps: forward passes per optimizer step.
         offload_optimizer: where optimizer states live.
         offload_param: where partitioned weights live.
         pin_memory: page-lock offloaded memory (an accelerator is used).
@@ -79,7 +79,7 @@ def deepspeed_config(
     }
     if dtype == "bf16":
         config["bf16"] = {"enabled": True}
-    _merge(config, extra, "parallel.deepspeed")
+    _merge(config, extra or {}, "parallel.deepspeed")
     return config
 
 
