@@ -49,7 +49,7 @@ def main(config: str, out: str) -> None:
         assert weight is not None, name
         result[f"grad.{name}"], result[f"weight.{name}"] = gradient.clone(), weight.clone()
     if cfg.method.kind == "full":
-        result["rope"] = _bf16_rope(cfg, variant, ranks, build)
+        result |= _in_bf16(cfg, variant, ranks, build)
     save_file(result, f"{out}.rank{ranks.rank}.safetensors")
     batches.close()
     dist.barrier()
@@ -71,13 +71,22 @@ def filled(shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.1
 
 
-def _bf16_rope(cfg, variant, ranks, build) -> torch.Tensor:
-    """The RoPE table of the same model built for bf16 training, where `zero.Init` damages it."""
-    bf16 = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": "bf16"})})
-    settings = build.deepspeed_settings(bf16, ranks, build.accumulation(bf16, ranks))
-    (expert,) = build.build_experts(bf16, variant, settings, ranks)
-    rope = expert.engine.module.rope
-    return torch.stack([rope.freqs_cos, rope.freqs_sin]).contiguous()
+def _in_bf16(cfg, variant, ranks, build) -> dict[str, torch.Tensor]:
+    """What must not be rounded in a bf16 run: the RoPE tables, which `zero.Init` damages, and the fp32 masters."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    kept = {}
+    for stage in (1, 2, 3) if variant.boundary is None else (3,):
+        model = cfg.model.model_copy(update={"dtype": "bf16"})
+        parallel = cfg.parallel.model_copy(update={"zero_stage": stage})
+        bf16 = cfg.model_copy(update={"model": model, "parallel": parallel})
+        settings = build.deepspeed_settings(bf16, ranks, build.accumulation(bf16, ranks))
+        (expert,) = build.build_experts(bf16, variant, settings, ranks)
+        module = expert.engine.module
+        kept[f"bf16.{stage}.rope"] = torch.stack([module.rope.freqs_cos, module.rope.freqs_sin]).contiguous()
+        for name, parameter in module.named_parameters():
+            kept[f"bf16.{stage}.master.{name}"] = safe_get_full_fp32_param(parameter).clone()
+    return kept
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -169,6 +169,36 @@ def fill(module: nn.Module, folder: Path, weights_name: str = WEIGHTS_NAME) -> N
                 _fill(parameters[name], source, f"{path}: {name}")
 
 
+@torch.no_grad()
+def fill_masters(module: nn.Module, folder: Path) -> None:
+    """Give the fp32 masters of trained weights what the files hold, where that is fp32; no communication.
+
+    DeepSpeed makes them from the module's own weights: under bf16 a full fine-tune would begin beside the model that it
+    was given, every weight off by up to 2^-9 of itself.
+
+    Args:
+        module: of an engine, filled from the same folder, its trained parameters under their names in the files.
+        folder: as for `fill`.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    files = tensor_files(folder)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for path in sorted(set(files.values())):
+        with _open(path) as handle:
+            for name, parameter in trained.items():
+                if files.get(name) != path or (source := handle.get_slice(name)).get_dtype() != "F32":
+                    continue
+                part = _part_of(parameter, torch.Size(source.get_shape()))
+                values = torch.zeros(part.size)
+                for offset, read in _flat_range(source, part.shape, part.start, part.stop):
+                    values[offset - part.start :][: read.numel()] = read
+                if hasattr(parameter, "ds_tensor"):
+                    safe_set_local_fp32_param(parameter, values)
+                else:
+                    safe_set_full_fp32_param(parameter, values.view(part.shape))
+
+
 def _check_names(folder: Path, found: set[str], parameters: Mapping[str, nn.Parameter]) -> None:
     given = {id(parameters[name]) for name in found if name in parameters}  # a tied weight may come by either name
     lacking = [name for name, parameter in parameters.items() if id(parameter) not in given]
@@ -186,17 +216,32 @@ def _fill(parameter: Any, source: Any, where: str) -> None:
     if shape != wanted:
         raise ModelError(f"{where}: has shape {list(shape)}, config.json says {list(wanted)}.")
     target: Any = parameter.ds_tensor if partitioned else parameter.data.view(-1)
-    size = target.ds_numel if partitioned else shape.numel()
-    start = parameter.ds_zero_partition_rank * size if partitioned else 0
-    stop = min(start + size, shape.numel())
-    for offset, values in _flat_range(source, shape, start, stop):
+    part = _part_of(parameter, shape)
+    for offset, values in _flat_range(source, shape, part.start, part.stop):
         if not is_finite(values):
             raise ModelError(f"{where}: holds values that are not finite.")
-        target.narrow(0, offset - start, values.numel()).copy_(values)
-    filled = max(stop - start, 0)
-    if filled < size:
+        target.narrow(0, offset - part.start, values.numel()).copy_(values)
+    filled = max(part.stop - part.start, 0)
+    if filled < part.size:
         # DeepSpeed leaves the tail of the last rank uninitialised, and it would be saved and hashed.
-        target.narrow(0, filled, size - filled).zero_()
+        target.narrow(0, filled, part.size - filled).zero_()
+
+
+class _Part(NamedTuple):
+    """What a rank holds of a flat tensor: elements [start, stop), and zeros up to `size`."""
+
+    shape: torch.Size
+    size: int
+    start: int
+    stop: int
+
+
+def _part_of(parameter: Any, shape: torch.Size) -> _Part:
+    if not hasattr(parameter, "ds_tensor"):
+        return _Part(shape, shape.numel(), 0, shape.numel())
+    size = parameter.ds_tensor.ds_numel
+    start = parameter.ds_zero_partition_rank * size
+    return _Part(shape, size, start, min(start + size, shape.numel()))
 
 
 def _flat_range(source: Any, shape: torch.Size, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:

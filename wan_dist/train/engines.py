@@ -22,7 +22,7 @@ from wan_dist.models.wan.variants import WanVariant
 from wan_dist.parallel.dist import Ranks
 from wan_dist.parallel.ds_config import deepspeed_config
 from wan_dist.parallel.environment import build_guard
-from wan_dist.parallel.load import build_model, fill, gather_in_blocks, gathered_for_libraries
+from wan_dist.parallel.load import build_model, fill, fill_masters, gather_in_blocks, gathered_for_libraries
 from wan_dist.parallel.sequence import share_tokens
 from wan_dist.train.blocks import Context, checkpoint_blocks, choose_attention, compile_blocks
 from wan_dist.train.optimizers import OptimizerOptions, build_optimizer, zero_settings
@@ -77,7 +77,10 @@ def build_engine(
     model.to(ranks.device)  # buffers; the partitions are where DeepSpeed put them
     model.train()
     context = prepare_blocks(cfg, model, ranks)
-    return initialize(cfg, model, ds_config, ranks, what=str(folder)), context
+    engine = initialize(cfg, model, ds_config, ranks, what=str(folder))
+    if cfg.method.kind == "full" and cfg.model.dtype == "bf16":
+        fill_masters(engine.module, folder)
+    return engine, context
 
 
 def prepare_blocks(cfg: TrainConfig, model: Any, ranks: Ranks) -> Context:
