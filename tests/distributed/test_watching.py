@@ -29,21 +29,26 @@ class Watched:
     def measured(self, name: str) -> list[dict[str, float]]:
         return [row[name] for row in self.rows if name in row]
 
+    def by_sigma(self) -> dict[str, float]:
+        """The first held-out losses of the deciles that a noise level fell into."""
+        return {k: v for k, v in self.measured("validation_by_sigma")[0].items() if v is not None}
 
-def train(folder: Path, model: Path, name: str, num_ranks: int, **sections: Any) -> Watched:
+
+def train(folder: Path, name: str, num_ranks: int, **sections: Any) -> Watched:
+    data = {
+        "shards": str(folder / "train" / "shards"),
+        "validation": str(folder / "held-out" / "shards"),
+        "sizes": [[64, 64]],
+        "num_frames": [9],
+        "fps": 8.0,
+        "num_workers": 0,
+    }
     config = write_config(
         folder / f"{name}.yaml",
         run_dir=folder / name,
-        model={"path": str(model), "variant": "t2v-A14B", "expert": "both", "dtype": "fp32"},
-        data={
-            "shards": str(folder / "train" / "shards"),
-            "validation": str(folder / "held-out" / "shards"),
-            "sizes": [[64, 64]],
-            "num_frames": [9],
-            "fps": 8.0,
-            "num_workers": 0,
-        },
+        data=data | sections.pop("data", {}),
         **{
+            "model": {"path": str(folder / "model"), "variant": "t2v-A14B", "expert": "both", "dtype": "fp32"},
             "optim": {"lr": 2e-3},
             "train": {"num_steps": 4, "global_batch_size": 2, "ema_decay": 0.5, "seed": 1},
             "validation": {"every": 2, "num_sigmas": 3},
@@ -67,23 +72,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def watched(folder: Path) -> Watched:
     samples = {"every": 4, "prompts": PROMPTS, "num_inference_steps": 4, "seed": 5, "use_average": False}
-    return train(folder, folder / "model", "two-ranks", 2, samples=samples)
+    return train(folder, "two-ranks", 2, samples=samples)
 
 
 @pytest.mark.proof
 def test_held_out_losses_are_the_same_on_another_number_of_ranks(folder: Path, watched: Watched) -> None:
     """Before training could differ in rounding: at a learning rate of next to nothing. 3 clips do not divide by 2."""
     still = {"optim": {"lr": 1e-12}, "train": {"num_steps": 2, "global_batch_size": 2}, "validation": {"every": 1}}
-    two, one = (train(folder, folder / "model", f"still-{ranks}", ranks, **still) for ranks in (2, 1))
+    two, one = (train(folder, f"still-{ranks}", ranks, **still) for ranks in (2, 1))
     first, second = two.measured("validation")
     assert first == pytest.approx(second, rel=1e-5)  # the same noise at every step
     for mine, other in zip(two.measured("validation"), one.measured("validation"), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
-    by_sigma, other = (
-        {k: v for k, v in run.measured("validation_by_sigma")[0].items() if v is not None} for run in (two, one)
-    )
-    assert len(by_sigma) >= 4  # deciles that a noise level fell into
-    assert by_sigma == pytest.approx(other, rel=1e-5)
+    assert len(two.by_sigma()) >= 4
+    assert two.by_sigma() == pytest.approx(one.by_sigma(), rel=1e-5)
+
+
+@pytest.mark.proof
+def test_two_ranks_that_share_sequences_measure_and_draw_what_one_does(folder: Path) -> None:
+    """Clips of two shapes, and ti2v-5B, whose timesteps are per token in diffusers' pipeline."""
+    clips = [*draw_clips(9, 64, 64)[4:7], *draw_clips(1, 64, 64)[7:9]]
+    pack_clips(folder / "mixed", clips, fps=8.0)
+    model = make_tiny_pipeline("ti2v-5B", folder / "ti2v", [c.caption for c in clips] + PROMPTS)
+    still: dict[str, Any] = {
+        "model": {"path": str(model), "variant": "ti2v-5B", "dtype": "fp32"},
+        "data": {"validation": str(folder / "mixed" / "shards"), "num_frames": [1, 9], "i2v_probability": 0.5},
+        "optim": {"lr": 1e-12},
+        "train": {"num_steps": 1, "global_batch_size": 2},
+        "validation": {"every": 1, "num_sigmas": 2},
+        "samples": {"every": 1, "prompts": PROMPTS[:2], "num_inference_steps": 3},
+    }
+    shared = train(folder, "shared", 2, **still, parallel={"sequence_parallel": 2})
+    alone = train(folder, "alone", 1, **still)
+    assert shared.measured("validation")[0] == pytest.approx(alone.measured("validation")[0], rel=1e-5)
+    assert shared.by_sigma() == pytest.approx(alone.by_sigma(), rel=1e-5)
+    for number in range(2):
+        strips = [
+            np.asarray(Image.open(run.run_dir / "samples" / "step-00000001" / f"{number:03d}.png")).astype(np.float64)
+            for run in (shared, alone)
+        ]
+        assert np.abs(strips[0] - strips[1]).max() <= 1.0, number
 
 
 def test_losses_fall_and_are_told_by_expert(watched: Watched) -> None:

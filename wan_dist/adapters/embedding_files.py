@@ -45,7 +45,7 @@ def read_word(path: Path) -> Word:
         ModelError: unreadable, or no vectors for WAN's text encoder.
     """
     if not path.is_file():
-        raise ModelError(f"{path}: absent.")
+        raise ModelError(f"{path}: there is no such file; correct the path.")
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors files are read; pickles (.pt, .bin) can run code.")
     try:

@@ -169,7 +169,7 @@ def _is_of_model(name: str) -> bool:
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
-        raise ModelError(f"{path}: absent.")
+        raise ModelError(f"{path}: there is no such file; correct the path.")
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors files are read; pickles (.pt, .bin, .ckpt) can run code.")
     try:

@@ -49,7 +49,9 @@ def _said_once(stop: "StopRequest") -> Iterator[None]:
             raise
         if stop.wait(_MAIN_SPEAKS_WITHIN_S):
             raise typer.Exit(error.exit_code) from None
-        raise type(error)(f"rank {rank}: {error}") from error
+        told = type(error)(f"rank {rank}: {error}")
+        told.exit_code = error.exit_code
+        raise told from error
 
 
 def _train(config: Path, overrides: list[str], stop: "StopRequest") -> int:

@@ -1,5 +1,8 @@
 """Errors that a user can cause. The command line prints them as one line, without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class WanDistError(Exception):
     """Base of every error whose message is written for the user.
@@ -43,6 +46,17 @@ class NotFiniteError(UnfitDataError):
 
 class ModelError(WanDistError):
     """A model folder or weight file is missing, damaged or of another kind than stated."""
+
+
+@contextmanager
+def before_first_step() -> Iterator[None]:
+    """Give what a configuration names, and what is wrong with it, the status of a wrong configuration."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        if not isinstance(error, StorageError):
+            error.exit_code = ConfigError.exit_code
+        raise
 
 
 class CheckpointError(WanDistError):

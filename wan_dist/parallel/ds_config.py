@@ -83,6 +83,31 @@ def deepspeed_config(
     return config
 
 
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Return if DeepSpeed knows the sections of a configuration; the ranks must be connected.
+
+    A key of `zero_optimization` that stands beside it would be ignored without a word.
+
+    Raises:
+        ConfigError: a key is misplaced, unknown or has a value that DeepSpeed does not take.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    for key in sorted(config.keys() & DeepSpeedZeroConfig.model_fields.keys()):
+        raise ConfigError(
+            f"parallel.deepspeed.{key}: DeepSpeed reads it in zero_optimization; write "
+            f"parallel.deepspeed: {{zero_optimization: {{{key}: {config[key]}}}}}."
+        )
+    try:
+        DeepSpeedConfig(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"parallel.deepspeed: DeepSpeed refuses {where} ({first['msg']}); correct it.") from None
+
+
 def _merge(config: dict[str, Any], extra: Mapping[str, Any], where: str) -> None:
     for key, value in extra.items():
         here = f"{where}.{key}"

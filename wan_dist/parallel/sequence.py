@@ -48,14 +48,16 @@ def share_tokens(model: Any, ranks: Ranks) -> None:
     size, rank = ranks.sequence_size, ranks.rank % ranks.sequence_size
     inner, patch = model.forward, model.config.patch_size
 
-    def forward(hidden_states: torch.Tensor, *inputs: Any, **options: Any) -> Any:
+    def forward(hidden_states: torch.Tensor, timestep: torch.Tensor, *inputs: Any, **options: Any) -> Any:
         if options.get("first_timestep") is not None:
             grid = zip(hidden_states.shape[2:], patch, strict=True)
             options["first_token"] = rank * math.prod(length // p for length, p in grid) // size
-        return inner(hidden_states, *inputs, **options)
+        if timestep.ndim == 2:  # one per token, as diffusers' pipelines give ti2v-5B
+            timestep = timestep.chunk(size, dim=1)[rank]
+        return inner(hidden_states, timestep, *inputs, **options)
 
     model.forward = forward
-    # Without the entry for the whole model: its timesteps are one per sample here, and are not split.
+    # Without the entry for the whole model, which splits timesteps and fails where there is one per sample.
     plan = {name: entry for name, entry in model._cp_plan.items() if name}
     mesh = _mesh(ranks.world_size, size, ranks.device.type)
     with _counted_devices():

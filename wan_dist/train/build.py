@@ -10,7 +10,7 @@ from wan_dist.config.check import check_paths
 from wan_dist.config.document import dump_config
 from wan_dist.config.schema import TrainConfig
 from wan_dist.core.buckets import make_buckets
-from wan_dist.core.errors import ConfigError
+from wan_dist.core.errors import ConfigError, before_first_step
 from wan_dist.core.order import Block
 from wan_dist.io.run_folder import checkpoints_dir, describe_run, mark_failed, write_status
 from wan_dist.models.wan.transformer import read_transformer_config
@@ -60,32 +60,34 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
     Raises:
         WanDistError: anything that the user can mend.
     """
-    check_paths(cfg)
-    method = _check_transformers(cfg)
-    check_extra(cfg.optim.name, cfg.optim.options)
-    check_watching(cfg)
-    ranks = grouped(cfg, ranks)
-    num_accumulated = accumulation(cfg, ranks)
-    dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
-    run_dir = Path(cfg.run_dir)
-    batches, digest = build_batches(cfg, ranks)
-    identity = run_identity(cfg, component_names(cfg), digest, method)
-    claimed = claim(run_dir, ranks)
-    identity["base_sha256"] = trained_upon(cfg, run_dir, ranks)
-    checkpoint = find_resume(
-        checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks, trusted=cfg.checkpoint.trust
-    )
-    # What was refused until here leaves the folder of the run that it would have changed as it was.
-    ds_config = deepspeed_settings(cfg, ranks, num_accumulated)
-    if ranks.is_main:
-        describe_run(run_dir, config_yaml=dump_config(cfg), ds_config=ds_config, world_size=ranks.world_size)
-        write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
+    with before_first_step():
+        check_paths(cfg)
+        method = _check_transformers(cfg)
+        check_extra(cfg.optim.name, cfg.optim.options)
+        check_watching(cfg)
+        ranks = grouped(cfg, ranks)
+        num_accumulated = accumulation(cfg, ranks)
+        dist.start(ranks, timeout_s=cfg.parallel.timeout_s)
+        run_dir = Path(cfg.run_dir)
+        batches, digest = build_batches(cfg, ranks)
+        identity = run_identity(cfg, component_names(cfg), digest, method)
+        claimed = claim(run_dir, ranks)
+        identity["base_sha256"] = trained_upon(cfg, run_dir, ranks)
+        checkpoint = find_resume(
+            checkpoints_dir(run_dir), cfg.checkpoint.resume, identity, ranks, trusted=cfg.checkpoint.trust
+        )
+        # What was refused until here leaves the folder of the run that it would have changed as it was.
+        ds_config = deepspeed_settings(cfg, ranks, num_accumulated)
+        if ranks.is_main:
+            describe_run(run_dir, config_yaml=dump_config(cfg), ds_config=ds_config, world_size=ranks.world_size)
+            write_status(run_dir, "starting", num_steps=cfg.train.num_steps)
     try:
-        encoded = encode_watched(cfg, ranks)
-        experts = build_experts(cfg, get_variant(cfg.model.variant), ds_config, ranks)
-        state = resume(engines_of(experts), checkpoint)
-        averages = build_averages(cfg, engines_of(experts), ranks)  # of the restored weights
-        resume_averages(engines_of(experts), averages, checkpoint)
+        with before_first_step():
+            encoded = encode_watched(cfg, ranks)
+            experts = build_experts(cfg, get_variant(cfg.model.variant), ds_config, ranks)
+            state = resume(engines_of(experts), checkpoint)
+            averages = build_averages(cfg, engines_of(experts), ranks)  # of the restored weights
+            resume_averages(engines_of(experts), averages, checkpoint)
         _run(cfg, ranks, stop, experts, averages, encoded, batches, identity, state, on_step)
     except Exception as error:
         if ranks.is_main:

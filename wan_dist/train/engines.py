@@ -20,7 +20,7 @@ from wan_dist.models.wan.transformer import (
 )
 from wan_dist.models.wan.variants import WanVariant
 from wan_dist.parallel.dist import Ranks
-from wan_dist.parallel.ds_config import deepspeed_config
+from wan_dist.parallel.ds_config import check_settings, deepspeed_config
 from wan_dist.parallel.environment import build_guard
 from wan_dist.parallel.load import build_model, fill, fill_masters, gather_in_blocks, gathered_for_libraries
 from wan_dist.parallel.sequence import share_tokens
@@ -38,8 +38,12 @@ def component_of(expert: str) -> str:
 
 
 def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, num_accumulated: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run."""
-    return deepspeed_config(
+    """Return the DeepSpeed configuration of a run.
+
+    Raises:
+        ConfigError: DeepSpeed does not take a key of it.
+    """
+    config = deepspeed_config(
         micro_batch_size=cfg.train.micro_batch_size,
         accumulation_steps=num_accumulated,
         world_size=ranks.world_size,
@@ -52,6 +56,8 @@ def deepspeed_settings(cfg: TrainConfig, ranks: Ranks, num_accumulated: int) -> 
         extra=cfg.parallel.deepspeed,
         zero_keys=zero_settings(cfg.optim.name),
     )
+    check_settings(config)
+    return config
 
 
 def build_engine(

@@ -107,7 +107,10 @@ def build_pipeline(
 
 
 class SampleHook:
-    """Every `every` steps draws the videos, one per rank at a time; collective, since all gather the same weights."""
+    """Every `every` steps draws the videos, one per rank or sequence group at a time.
+
+    Collective, since all gather the same weights.
+    """
 
     def __init__(
         self,
@@ -150,16 +153,17 @@ class SampleHook:
     def draw(self, step: int) -> None:
         """Draw all videos into `step-XXXXXXXX`; collective."""
         started = time.perf_counter()
-        vae, world_size = self._pipeline.vae, self._ranks.world_size
-        vae.to(self._ranks.device)
-        rounds = -(-len(self._jobs) // world_size)
+        vae, ranks = self._pipeline.vae, self._ranks
+        vae.to(ranks.device)
+        at_once = ranks.data_world_size
+        rounds = -(-len(self._jobs) // at_once)
         with averaged_weights(self._engines, self._averages), evaluating(list(self._engines.values())):
-            for first in range(0, rounds * world_size, world_size):
-                place = first + self._ranks.rank
+            for first in range(0, rounds * at_once, at_once):
+                place = first + ranks.data_rank
                 # A rank without a video draws the last one along: the others wait for its forward passes.
                 job = self._jobs[min(place, len(self._jobs) - 1)]
                 latents = self._latents(job)
-                if place < len(self._jobs):
+                if place < len(self._jobs) and ranks.rank % ranks.sequence_size == 0:
                     self._keep(step, job, self._decode(latents))
         vae.to("cpu")
         if self._ranks.device.type == "cuda":

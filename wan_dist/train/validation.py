@@ -67,6 +67,8 @@ def encode_held_out(
 ) -> list[tuple[HeldOutClip, bool]]:
     """Return this rank's held-out clips and whether each counts; as many on every rank, filled up where needed.
 
+    The ranks of a sequence group have the same ones: they share each forward pass.
+
     Args:
         dataset: opened held-out shards; frames come from the middle.
         encoders: VAE and text encoder.
@@ -93,8 +95,8 @@ def encode_held_out(
         text = encoders.encode_prompts([sample.captions[0]])[0].cpu()
         return HeldOutClip(sample.key, encoders.encode_video(frames)[0].cpu(), text, condition)
 
-    mine = [(encode(place), True) for place in chosen[ranks.rank :: ranks.world_size]]
-    per_rank = -(-len(chosen) // ranks.world_size)
+    mine = [(encode(place), True) for place in chosen[ranks.data_rank :: ranks.data_world_size]]
+    per_rank = -(-len(chosen) // ranks.data_world_size)
     if len(mine) < per_rank:  # the other ranks' forward passes wait for this rank's
         mine.append((mine[0][0] if mine else encode(chosen[0]), False))
     return mine
