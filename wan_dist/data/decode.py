@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from wan_dist.core.buckets import Bucket
 from wan_dist.core.errors import DataError
 from wan_dist.data.media import MediaError, Timeline, display_size, open_media, read_timeline, sample_aspect, told
+from wan_dist.data.orientation import orientation_of
 from wan_dist.data.timing import available_frames, choose_frames
 
-DECODE_RULES: Final = 2
+DECODE_RULES: Final = 3
 """Counted up with every change that alters pixels, so that caches of encoded clips notice."""
 
 
@@ -68,7 +69,7 @@ def decode_clip(
 ) -> NDArray[np.uint8]:
     """Return a clip's frames in a bucket's shape, [F, H, W, 3] RGB in 0..255.
 
-    Frames are found by their presentation stamps. Rotation and pixel aspect ratio are applied, the clip is resized
+    Frames are found by their presentation stamps. Rotation, mirroring and pixel aspect ratio are applied, the clip is resized
     (bicubic, swscale) to cover the bucket and cropped, and transparency is laid over black.
 
     Args:
@@ -226,11 +227,11 @@ def _fit(
     crop_xy: tuple[float, float],
 ) -> NDArray[np.uint8]:
     """Return one frame upright, resized to cover the bucket and cropped, [H, W, 3] RGB in 0..255."""
-    turns = frame.rotation // 90
-    shown = display_size(frame.width, frame.height, aspect, frame.rotation)
+    orientation = orientation_of(frame)
+    shown = display_size(frame.width, frame.height, aspect, orientation.transposed)
     window = crop_window(*shown, bucket, crop_xy)
     # The resize comes before the turn, hence in stored orientation.
-    width, height = (window.height, window.width) if turns % 2 else (window.width, window.height)
+    width, height = (window.height, window.width) if orientation.transposed else (window.width, window.height)
     alpha = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
     resized = resizer.resize(frame, width, height, "rgba" if alpha else "rgb24")
     plane, depth = resized.planes[0], 4 if alpha else 3
@@ -240,6 +241,6 @@ def _fit(
     pixels = rows[:, : width * depth].reshape(height, width, depth)
     if alpha:
         pixels = (pixels[..., :3].astype(np.uint16) * pixels[..., 3:] // 255).astype(np.uint8)
-    upright = np.rot90(pixels, turns)
+    upright = orientation.apply(pixels)
     cropped = upright[window.y : window.y + bucket.height, window.x : window.x + bucket.width]
     return np.asarray(cropped, dtype=np.uint8)

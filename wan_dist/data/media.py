@@ -195,17 +195,17 @@ def promised_timeline(
     return Timeline(np.arange(count, dtype=np.int64) * step, np.zeros(1, np.int64), video.time_base)
 
 
-def display_size(width: int, height: int, sample_aspect: Fraction, rotation: int) -> tuple[int, int]:
+def display_size(width: int, height: int, sample_aspect: Fraction, transposed: bool) -> tuple[int, int]:
     """Return width and height in px as shown: pixels made square, then turned.
 
     Args:
         width: stored width, px.
         height: stored height, px.
         sample_aspect: width of a stored pixel over its height.
-        rotation: counter-clockwise turn in degrees, a multiple of 90.
+        transposed: it is shown turned by one or three quarters, mirrored or not.
     """
     shown = max(1, round(width * sample_aspect)), height
-    return (shown[1], shown[0]) if rotation % 180 else shown
+    return (shown[1], shown[0]) if transposed else shown
 
 
 def sample_aspect(video: VideoStream) -> Fraction:

@@ -24,6 +24,7 @@ from wan_dist.data.media import (
     sample_aspect,
     told,
 )
+from wan_dist.data.orientation import orientation_of
 from wan_dist.data.tonemap import TRANSFERS
 
 MIN_SIDE_PX: Final = 16
@@ -60,7 +61,7 @@ class ClipInfo:
         fps: mean frame rate from the stamps, frames per second; 0 for an image.
         duration_s: seconds, the last frame shown as long as the mean frame; 0 for an image.
         max_gap_s: longest time between two frames, seconds; 0 for an image.
-        rotation: counter-clockwise turn that the file asks for, degrees.
+        rotation: counter-clockwise turn that the file asks for, degrees; a mirroring is not in it.
         warnings: keys of `WARNINGS`.
     """
 
@@ -112,7 +113,7 @@ def probe_clip(source: Source, name: str, *, allow_hdr: bool = False, trust_head
         if frame is None:
             raise MediaError("undecodable", "no frame comes out of the decoder; export it again")
         hdr = _check_frame(frame, allow_hdr and not still)
-        width, height = display_size(frame.width, frame.height, aspect, frame.rotation)
+        width, height = display_size(frame.width, frame.height, aspect, orientation_of(frame).transposed)
         _check_size(width, height)
         warnings += _frame_warnings(frame) + (("tone_mapped",) if hdr else ())
     except MediaError as error:
@@ -151,8 +152,6 @@ class _FirstFrame:
 
 def _check_frame(frame: VideoFrame, allow_hdr: bool) -> bool:
     """Return whether the frame has high dynamic range."""
-    if frame.rotation % 90:
-        raise MediaError("odd_rotation", f"turned by {frame.rotation} degrees; only quarter turns are known")
     if frame.is_corrupt:
         raise MediaError("undecodable", "its first frame is damaged; export it again")
     if frame.color_trc in TRANSFERS and not allow_hdr:

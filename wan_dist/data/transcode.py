@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 
 from wan_dist.data.examine import decode_strictly
 from wan_dist.data.media import MediaError, Source, display_size, open_media, sample_aspect, told
+from wan_dist.data.orientation import Orientation, orientation_of
 from wan_dist.data.tonemap import TRANSFERS, write_table
 
 ENCODER_OPTIONS: Final[dict[str, object]] = {"crf": "18", "preset": "veryfast", "g": "48", "bf": "0"}
@@ -28,11 +29,12 @@ ENCODER_OPTIONS: Final[dict[str, object]] = {"crf": "18", "preset": "veryfast", 
 mp4 then needs an edit list, whose length FFmpeg's muxer computes from unknown durations and so cuts the last frame."""
 
 _TURNS: Final = {
-    0: (),
-    90: (("transpose", "cclock"),),
-    180: (("hflip", ""), ("vflip", "")),
-    270: (("transpose", "clock"),),
+    (False, False): "cclock_flip",
+    (True, False): "clock",
+    (False, True): "cclock",
+    (True, True): "clock_flip",
 }
+"""FFmpeg's `transpose` of pictures that are transposed and then mirrored along x, and along y."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,10 @@ def _graph(
     deinterlace: bool,
     table: Path | None,
 ) -> Graph:
-    width, height = scaled_size(*display_size(frame.width, frame.height, aspect, frame.rotation), cover)
-    stored = (height, width) if frame.rotation % 180 else (width, height)
+    orientation = orientation_of(frame)
+    shown = display_size(frame.width, frame.height, aspect, orientation.transposed)
+    width, height = scaled_size(*shown, cover)
+    stored = (height, width) if orientation.transposed else (width, height)
     alpha = any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8"
     graph = Graph()
     graph.threads = 1
@@ -183,7 +187,7 @@ def _graph(
         steps += _tone_steps(frame, scale, table)
     else:
         steps += [("scale", scale)]
-    steps += [*_TURNS[frame.rotation % 360], ("format", "yuv420p"), ("setsar", "1")]
+    steps += [*_turn(orientation), ("format", "yuv420p"), ("setsar", "1")]
     nodes: list[Any] = [
         graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
     ]
@@ -193,6 +197,13 @@ def _graph(
     ]
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()
     return graph
+
+
+def _turn(orientation: Orientation) -> list[tuple[str, str]]:
+    """Return the filters that bring a stored frame upright."""
+    if orientation.transposed:
+        return [("transpose", _TURNS[orientation.flip_x, orientation.flip_y])]
+    return [("hflip", "")] * orientation.flip_x + [("vflip", "")] * orientation.flip_y
 
 
 def _tone_steps(frame: VideoFrame, scale: str, table: Path) -> list[tuple[str, str | dict[str, str]]]:
