@@ -69,8 +69,8 @@ def decode_clip(
 ) -> NDArray[np.uint8]:
     """Return a clip's frames in a bucket's shape, [F, H, W, 3] RGB in 0..255.
 
-    Frames are found by their presentation stamps. Rotation, mirroring and pixel aspect ratio are applied, the clip is resized
-    (bicubic, swscale) to cover the bucket and cropped, and transparency is laid over black.
+    Frames are found by their presentation stamps. Rotation, mirroring and pixel aspect ratio are applied, the clip is
+    resized (bicubic, swscale) to cover the bucket and cropped, and transparency is laid over black.
 
     Args:
         source: the file, or its bytes.
