@@ -69,8 +69,9 @@ def _display_matrix(frame: VideoFrame) -> NDArray[np.int32] | None:
     except ValueError:
         # PyAV cannot list the side data of a frame with a kind that it has no name for, as EXIF is.
         side_data = _without_later_types(frame).side_data
-    found = next((data for data in side_data if data.type == Type.DISPLAYMATRIX), None)
-    return None if found is None else np.frombuffer(bytes(found), np.int32).reshape(3, 3)
+    # PyAV's stubs hide that it iterates over the data and not over their kinds, and that each is a buffer.
+    found = next((data for data in cast(Any, side_data) if data.type == Type.DISPLAYMATRIX), None)
+    return None if found is None else np.frombuffer(found, np.int32).reshape(3, 3).copy()
 
 
 def _without_later_types(frame: VideoFrame) -> VideoFrame:

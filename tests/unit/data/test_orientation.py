@@ -101,11 +101,11 @@ def test_videos_are_shown_as_pillow_shows_images_and_transcoding_keeps_that(tmp_
         opened = open_shards(out)
         for row in opened.index(0):
             orientation = int(row["key"])
-            size = SIZE if orientation < 5 else SIZE[::-1]
-            assert (row["width"], row["height"]) == size, orientation
+            width, height = SIZE if orientation < 5 else SIZE[::-1]
+            assert (row["width"], row["height"]) == (width, height), orientation
             content = opened.tar(0).read_range(int(row["media_offset"]), int(row["media_size"]))
             assert (content == (clips / f"{orientation}.mp4").read_bytes()) == (not rules.transcode)
-            assert_shown(decode_clip(content, Bucket(*size, 2), fps=24)[1], orientation)
+            assert_shown(decode_clip(content, Bucket(width, height, 2), fps=24)[1], orientation)
 
 
 def test_a_frame_without_a_matrix_is_upright_and_a_slanted_one_is_rejected(tmp_path: Path) -> None:
