@@ -1,6 +1,7 @@
 """What users get wrong, through the real commands: one line that says so, the right exit status, no traceback."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +73,8 @@ EARLY: dict[str, tuple[list[str], int, list[str]]] = {
     "not a multiple": (["data.sizes=[[70, 64]]"], 2, ["width is not a multiple of 32; use 64 or 96"]),
     "micro-batch": (["train.micro_batch_size=3"], 2, ["global_batch_size = 4 is not a multiple of"]),
     "ranks": (["train.global_batch_size=9"], 2, ["does not divide by micro_batch_size 1 x 2 ranks", "use 1 or 3 or 9"]),
-    "no model": (["model.path=/nowhere/model"], 1, ["model.path = /nowhere/model: there is no such folder"]),
-    "no shards": (["data.shards=/nowhere/shards"], 1, ["data.shards = /nowhere/shards", "wan-data pack"]),
+    "no model": (["model.path=/nowhere/model"], 2, ["model.path = /nowhere/model: there is no such folder"]),
+    "no shards": (["data.shards=/nowhere/shards"], 2, ["data.shards = /nowhere/shards", "wan-data pack"]),
     "deepspeed key": (["parallel.deepspeed={bf16: {enabled: false}}"], 2, ["parallel.deepspeed.bf16", "collides"]),
 }
 
@@ -134,7 +135,7 @@ def test_a_refused_start_leaves_the_run_folder_as_it_was(refused_resumes: dict[s
         assert json.loads((copy / "status.json").read_text())["state"] == "finished"
 
 
-MODELS: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
+STARTS: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "cut": (_cut, [], ["cannot be read as safetensors"]),
     "no weights": (lambda folder: _weights(folder).unlink(), [], ["has neither diffusion_pytorch_model.safetensors"]),
     "other shape": (_narrow, [], ["has shape", "config.json says"]),
@@ -143,24 +144,39 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         ["model.variant=t2v-A14B", "model.expert=high_noise"],
         ["in/out channels are 48/48, t2v-A14B has 16/16"],
     ),
+    "DeepSpeed's typo": (
+        lambda folder: None,
+        ["parallel.deepspeed={zero_optimization: {zero_hpz_partition_sizee: 2}}"],
+        ["parallel.deepspeed: DeepSpeed refuses zero_hpz_partition_sizee"],
+    ),
+    "DeepSpeed's place": (
+        lambda folder: None,
+        ["parallel.deepspeed={zero_hpz_partition_size: 2}"],
+        ["write parallel.deepspeed: {zero_optimization: {zero_hpz_partition_size: 2}}"],
+    ),
+    "no LoRA": (
+        lambda folder: None,
+        ["method={kind: lora, init_from: {transformer: nope.safetensors}}"],
+        ["nope.safetensors: there is no such file"],
+    ),
     "no VAE": (lambda folder: shutil.rmtree(folder.parent / "vae"), [], ["vae: missing"]),
 }
 
 
 @pytest.fixture(scope="module")
-def refused_models(material: Material) -> dict[str, Finished]:
+def refused_starts(material: Material) -> dict[str, Finished]:
     config = material.config("models")
     commands: dict[str, Command] = {}
-    for name, (alter, changes, _) in MODELS.items():
-        model = altered_model(material, name.replace(" ", "-"), alter)
+    for name, (alter, changes, _) in STARTS.items():
+        model = altered_model(material, re.sub(r"\W+", "-", name), alter)
         run_dir = material.folder / f"run-of-{model.name}"
         commands[name] = ("train", config, QUIET, f"model.path={model}", f"run_dir={run_dir}", *changes)
     return run_all(commands)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model_that_does_not_fit_is_named(refused_models: dict[str, Finished], name: str) -> None:
-    assert_one_line(refused_models[name], 1, *MODELS[name][2])
+@pytest.mark.parametrize("name", STARTS)
+def test_what_cannot_work_is_named_before_the_first_step(refused_starts: dict[str, Finished], name: str) -> None:
+    assert_one_line(refused_starts[name], 2, *STARTS[name][2])
 
 
 def test_consolidate_refuses_what_it_cannot_do(material: Material, done: Job) -> None:

@@ -13,7 +13,7 @@ from wan_dist.config.check_watching import watching_problems
 from wan_dist.config.schema import TrainConfig
 from wan_dist.config.yaml_text import Problem
 from wan_dist.core.buckets import FIXED_RULES
-from wan_dist.core.errors import ConfigError, DataError, ModelError, WanDistError
+from wan_dist.core.errors import ConfigError, DataError, ModelError, WanDistError, before_first_step
 from wan_dist.data.stores import is_remote
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel.ds_config import deepspeed_config
@@ -37,6 +37,7 @@ def semantic_problems(values: Mapping[str, Any]) -> list[Problem]:
     return problems + _frame_problems(values.get("data.num_frames", [])) + _cache_problems(values)
 
 
+@before_first_step()
 def check_paths(cfg: TrainConfig) -> None:
     """Return if the model folder and the shards that a config names are there and the run folder can be written.
 

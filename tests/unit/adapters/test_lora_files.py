@@ -280,7 +280,7 @@ def test_one_expert_of_a_file_with_both(tmp_path: Path) -> None:
     (tmp_path / "lora.pt").touch()
     for name, message in {
         "lora.pt": r"only \.safetensors files are read",
-        "no": "absent",
+        "no": "there is no such file",
         "": "without peft's",
     }.items():
         with pytest.raises(ModelError, match=message):
