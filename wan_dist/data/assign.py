@@ -43,6 +43,11 @@ class ClipRules:
     allow_duplicate_frames: bool
     allow_upscale: bool
 
+    @property
+    def consecutive(self) -> bool:
+        """Whether frames follow each other in the file, instead of standing at equal times."""
+        return self.frame_choice == "native"
+
     def as_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return json.loads(json.dumps(self.__dict__))

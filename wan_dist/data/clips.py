@@ -70,6 +70,7 @@ class ClipDataset:
         identity = self._mixed[0].shards.manifest.digest if alone else [m.identity() for m in self._mixed]
         content = json.dumps([identity, DECODE_RULES, rules.as_json()], sort_keys=True)
         self.digest = hashlib.sha256(content.encode()).hexdigest()
+        self._frame_rules = rules.allow_duplicate_frames, rules.consecutive
         self._decoder_name = f"{av.__version__}/{av.ffmpeg_version_info}/{DECODE_RULES}"
 
     @classmethod
@@ -217,7 +218,7 @@ class ClipDataset:
         content = [
             mixed.shards.manifest.shards[local].sha256,
             row["key"].decode(),
-            [shape.width, shape.height, shape.num_frames, fps, self._rules.allow_duplicate_frames],
+            [shape.width, shape.height, shape.num_frames, fps, *self._frame_rules],
             [choice, window.x, window.y],
             self._decoder_name,
         ]
@@ -243,6 +244,7 @@ class ClipDataset:
             choice=clip.choice,
             crop_xy=clip.crop_xy,
             allow_duplicate_frames=self._rules.allow_duplicate_frames,
+            consecutive=self._rules.consecutive,
             name=where.name,
         )
 
@@ -266,6 +268,7 @@ class ClipDataset:
             choice=0.0 if still else clip.choice,
             crop_xy=clip.crop_xy,
             allow_duplicate_frames=self._rules.allow_duplicate_frames,
+            consecutive=self._rules.consecutive,
             name=f"{where.name}: its mask",
         )
 
@@ -277,8 +280,15 @@ class ClipDataset:
         """
         mixed, local = self._places[clip.shard]
         where = locate(mixed.shards.tar(local), mixed.shards.index(local)[clip.row], "media")
-        duplicates = self._rules.allow_duplicate_frames
-        return frame_times(read_member(where), clip.bucket.num_frames, clip.fps, clip.choice, duplicates, where.name)
+        return frame_times(
+            read_member(where),
+            clip.bucket.num_frames,
+            clip.fps,
+            clip.choice,
+            allow_duplicate_frames=self._rules.allow_duplicate_frames,
+            consecutive=self._rules.consecutive,
+            name=where.name,
+        )
 
     def find(self, key: str) -> tuple[int, int, int]:
         """Return bucket, shard and index (as `locate` takes them) of a clip.

@@ -17,7 +17,7 @@ from wan_dist.core.buckets import Bucket
 from wan_dist.core.errors import DataError
 from wan_dist.data.media import MediaError, Timeline, display_size, open_media, read_timeline, sample_aspect, told
 from wan_dist.data.orientation import orientation_of
-from wan_dist.data.timing import available_frames, choose_frames
+from wan_dist.data.timing import available_frames, choose_frames, consecutive_frames
 
 DECODE_RULES: Final = 3
 """Counted up with every change that alters pixels, so that caches of encoded clips notice."""
@@ -64,6 +64,7 @@ def decode_clip(
     choice: float = 0.0,
     crop_xy: tuple[float, float] = (0.5, 0.5),
     allow_duplicate_frames: bool = False,
+    consecutive: bool = False,
     name: str = "clip",
     out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
@@ -79,6 +80,7 @@ def decode_clip(
         choice: place of the window in time, in [0, 1); 0 is the head of the clip, 0.5 its centre.
         crop_xy: place of the crop in [0, 1) along width and height.
         allow_duplicate_frames: repeat frames where the clip is too slow or has holes.
+        consecutive: take frames that follow each other in the file, at whatever times; `fps` then does not count.
         name: how an error names the clip.
         out: [F, H, W, 3], written to and returned; None for a new array.
     Raises:
@@ -87,7 +89,7 @@ def decode_clip(
     try:
         with open_media(source) as (container, video):
             timeline = read_timeline(container, video)
-        chosen = _chosen_pts(timeline, bucket.num_frames, fps, choice, allow_duplicate_frames)
+        chosen = _chosen_pts(timeline, bucket.num_frames, fps, choice, allow_duplicate_frames, consecutive)
         if out is None:
             out = np.empty((bucket.num_frames, bucket.height, bucket.width, 3), np.uint8)
         # Decoding usually starts at the last keyframe before the first frame; where that seek misses, at the head.
@@ -100,7 +102,14 @@ def decode_clip(
 
 
 def frame_times(
-    source: bytes, num_frames: int, fps: float, choice: float, allow_duplicate_frames: bool, name: str
+    source: bytes,
+    num_frames: int,
+    fps: float,
+    choice: float,
+    *,
+    allow_duplicate_frames: bool,
+    consecutive: bool,
+    name: str,
 ) -> list[float]:
     """Return when the frames that `decode_clip` gives are shown, seconds after the clip's first frame, increasing.
 
@@ -110,16 +119,18 @@ def frame_times(
     try:
         with open_media(source) as (container, video):
             timeline = read_timeline(container, video)
-        chosen = _chosen_pts(timeline, num_frames, fps, choice, allow_duplicate_frames)
+        chosen = _chosen_pts(timeline, num_frames, fps, choice, allow_duplicate_frames, consecutive)
     except (MediaError, FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{name}: cannot be decoded: {told(error)}") from error
     return [float((pts - timeline.pts[0]) * timeline.time_base) for pts in chosen.tolist()]
 
 
 def _chosen_pts(
-    timeline: Timeline, num_frames: int, fps: float, choice: float, allow_duplicate_frames: bool
+    timeline: Timeline, num_frames: int, fps: float, choice: float, allow_duplicate_frames: bool, consecutive: bool
 ) -> NDArray[np.int64]:
     stamps = timeline.stamps_s
+    if consecutive and len(stamps) >= num_frames:
+        return timeline.pts[consecutive_frames(len(stamps), num_frames, choice)]
     source_fps = (len(stamps) - 1) / float(stamps[-1]) if len(stamps) > 1 else 0.0
     available = available_frames(len(stamps), source_fps, fps, allow_duplicate_frames)
     if available < num_frames:

@@ -93,7 +93,9 @@ def open_media(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
             context = video.codec_context
             if context is None:
                 raise MediaError("unknown_codec", "FFmpeg has no decoder for it; transcode to H.264")
-            if min(context.width, context.height) < 1 or context.width * context.height > MAX_PIXELS:
+            if min(context.width, context.height) < 1:
+                raise _explain_no_size(stream)
+            if context.width * context.height > MAX_PIXELS:
                 raise MediaError(
                     "bad_frame_size",
                     f"{context.width}x{context.height} px; allowed are up to {MAX_PIXELS} pixels; scale it down",
@@ -251,6 +253,15 @@ def _explain_unopened(stream: IO[bytes], error: Exception) -> MediaError:
     if head[4:8] == b"ftyp":
         return MediaError("truncated", "an mp4 without its index (moov), cut off early; download it again")
     return MediaError("unknown_container", f"not {FORMATS} ({told(error)}); transcode to mp4")
+
+
+def _explain_no_size(stream: IO[bytes]) -> MediaError:
+    """Tell an animated WebP, of which FFmpeg reads no frame, from a broken header."""
+    stream.seek(0)
+    head = stream.read(32)
+    if head[8:16] == b"WEBPVP8X" and head[20:21] and head[20] & 0x02:
+        return MediaError("unknown_codec", "an animated WebP, which FFmpeg cannot decode; transcode to mp4")
+    return MediaError("bad_frame_size", "its header has no frame size; export it again")
 
 
 def _is_text(head: bytes) -> bool:

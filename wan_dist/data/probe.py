@@ -108,14 +108,14 @@ def probe_clip(source: Source, name: str, *, allow_hdr: bool = False, trust_head
             timeline = timeline or read_timeline(container, video, first.look)
             warnings = _stream_warnings(container, timeline)
             aspect = sample_aspect(video)
-            still = is_image(container)
+            still, codec = is_image(container), video.codec_context.name
             frame = next(iter(container.decode(video)), None) if still else first.get()
         if frame is None:
             raise MediaError("undecodable", "no frame comes out of the decoder; export it again")
         hdr = _check_frame(frame, allow_hdr and not still)
         width, height = display_size(frame.width, frame.height, aspect, orientation_of(frame).transposed)
         _check_size(width, height)
-        warnings += _frame_warnings(frame) + (("tone_mapped",) if hdr else ())
+        warnings += _frame_warnings(frame, codec) + (("tone_mapped",) if hdr else ())
     except MediaError as error:
         return Reject(error.code, name, error.hint)
     except FileNotFoundError:
@@ -174,15 +174,18 @@ def _stream_warnings(container: InputContainer, timeline: Timeline) -> tuple[str
         warnings += ("several_videos",)
     # Matroska says its length at its head and has no list of frames that a cut could be told from.
     if "matroska" in container.format.name and container.duration:
-        end_s = float(timeline.pts[-1] * timeline.time_base) - (container.start_time or 0) / AV_TIME_BASE
+        # Some programs count that length from the first frame, others (FFmpeg) from 0.
+        end_s = float(timeline.pts[-1] * timeline.time_base) - min(0, container.start_time or 0) / AV_TIME_BASE
         if container.duration / AV_TIME_BASE - end_s > _MISSING_TAIL_S:
             warnings += ("missing_tail",)
     return warnings
 
 
-def _frame_warnings(frame: VideoFrame) -> tuple[str, ...]:
+def _frame_warnings(frame: VideoFrame, codec: str) -> tuple[str, ...]:
     interlaced = ("interlaced",) if frame.interlaced_frame else ()
-    return interlaced + (("alpha",) if any(c.is_alpha for c in frame.format.components) else ())
+    # JPEG has none: FFmpeg's alpha of a CMYK picture is opaque.
+    alpha = codec != "mjpeg" and any(c.is_alpha for c in frame.format.components)
+    return interlaced + (("alpha",) if alpha else ())
 
 
 def _describe(

@@ -33,13 +33,14 @@ from wan_dist.data.reader import CAPTION_KEYS, locate, read_member
 from wan_dist.data.shard_format import write_file
 from wan_dist.data.source_files import CLIP_EXTENSIONS
 from wan_dist.data.stores import LocalStore, Store, StoredFile
-from wan_dist.data.tar_walk import TarMember, TarSample, index_key, split_name, walk_tar
+from wan_dist.data.tar_walk import RENAME, TarMember, TarSample, index_key, member_named, split_name, walk_tar
 
 logger = logging.getLogger(__name__)
 
 _INFO_FIELDS: Final = ("width", "height", "num_frames", "fps", "duration_s", "max_gap_s")
 _NO_MEMBER: Final = TarMember(0, 0, 0)
 _SAMPLES_CHECKED: Final = 64
+REJECTS_NAME: Final = "rejects.jsonl"
 FOREIGN_PLAN: Final = "foreign"
 """`plan_digest` of a manifest that `wan-data index` made."""
 
@@ -54,11 +55,11 @@ def index_tar(tar: Path | StoredFile, on_sample: Callable[[], None] = lambda: No
         tar: an uncompressed tar, here or in a store.
         on_sample: called after each sample.
     Raises:
-        DataError: it is no whole tar, or two samples share a key.
+        DataError: it is no whole tar.
     """
-    rows: list[tuple[Any, ...]] = []
+    rows: dict[bytes, tuple[Any, ...]] = {}
     rejects: list[Reject] = []
-    keys: set[bytes] = set()
+    repeated: dict[bytes, str] = {}
     file = StoredFile(LocalStore(tar.parent), tar.name) if isinstance(tar, Path) else tar
 
     def content(member: TarMember) -> bytes:
@@ -66,16 +67,21 @@ def index_tar(tar: Path | StoredFile, on_sample: Callable[[], None] = lambda: No
 
     with Prober() as prober:
         for sample in walk_tar(tar, checksums=True):
-            found = _row(sample, content, prober, f"{file.name}: {sample.key}")
+            name = f"{file.name}: {sample.key}"
+            found = _row(sample, content, prober, name)
             if isinstance(found, Reject):
                 rejects.append(found)
-            elif found[0] in keys:
-                raise DataError(f"{tar}: two samples have the key {sample.key}; rename one and make the tar again.")
+            elif found[0] in rows:
+                repeated[found[0]] = name
             else:
-                keys.add(found[0])
-                rows.append(found)
+                rows[found[0]] = found
             on_sample()
-    return encode_index(rows), rejects
+    # Nobody can say which of them is meant.
+    rejects += [
+        Reject("repeated_key", name, f"several samples of the tar have this key; {RENAME}")
+        for name in repeated.values()
+    ]
+    return encode_index([row for key, row in rows.items() if key not in repeated]), rejects
 
 
 def index_folder(folder: Path, on_shard: Callable[[int, int], None] = lambda _done, _all: None) -> Manifest:
@@ -113,8 +119,16 @@ def index_folder(folder: Path, on_shard: Callable[[int, int], None] = lambda _do
         on_shard(number + 1, len(tars))
     by_code = dict(sorted(Counter(r.code for r in rejects).items()))
     num_clips = sum(e.num_clips for e in entries)
+    lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects)
+    write_file(folder / REJECTS_NAME, lines.encode())
     if not num_clips:
-        raise DataError(f"{folder}: no clip in its tars can be used: {by_code}; first {rejects[:1]}.")
+        # Indexes of no clip would look like a data set.
+        for entry in entries:
+            (folder / entry.index_name).unlink()
+        first = f" First: {rejects[0].path}: {rejects[0].hint}. All are in {folder / REJECTS_NAME}." if rejects else ""
+        raise DataError(
+            f"{folder}: no clip in its tars can be used ({', '.join(f'{count} {code}' for code, count in by_code.items()) or 'they are empty'}).{first}"
+        )
     manifest = Manifest(
         digest=shards_digest(tuple(entries)),
         plan_digest=FOREIGN_PLAN,
@@ -123,8 +137,6 @@ def index_folder(folder: Path, on_shard: Callable[[int, int], None] = lambda _do
         rejects=by_code,
         shards=tuple(entries),
     )
-    lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rejects)
-    write_file(folder / "rejects.jsonl", lines.encode())
     write_file(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
     return manifest
 
@@ -196,7 +208,11 @@ def _mismatch(tar: StoredFile, row: np.void) -> str | None:
 
 def media_extension(extensions: Iterable[str]) -> str | None:
     """Return which of a sample's members is its clip; masks are none."""
-    return next((e for e in extensions if e.rpartition(".")[2] in CLIP_EXTENSIONS and not e.startswith("mask.")), None)
+    return next((e for e in extensions if e.rpartition(".")[2] in CLIP_EXTENSIONS and not _is_mask(e)), None)
+
+
+def _is_mask(extension: str) -> bool:
+    return "mask" in extension.split(".")[:-1]
 
 
 def _row(
@@ -206,11 +222,16 @@ def _row(
     extension = media_extension(sample.members)
     if extension is None:
         return Reject("no_media", name, f"has {', '.join(sample.members)}; clips are .{', .'.join(CLIP_EXTENSIONS)}")
+    if sample.repeated:
+        return Reject("repeated_key", name, f"holds .{', .'.join(sorted(sample.repeated))} twice; {RENAME}")
+    if num_others := sum(media_extension([e]) is not None for e in sample.members) - 1:
+        return Reject("several_clips", name, f"{num_others + 1} clips share this key; {RENAME}")
+    description, text = (member_named(sample.members, suffix) for suffix in ("json", "txt"))
     members = {
-        "json": sample.members.get("json"),
-        "text": sample.members.get("txt"),
+        "json": sample.members[description] if description else None,
+        "text": sample.members[text] if text else None,
         "media": sample.members[extension],
-        "mask": next((place for e, place in sample.members.items() if e.startswith("mask.")), None),
+        "mask": next((place for e, place in sample.members.items() if _is_mask(e)), None),
     }
     described: dict[str, Any] = {}
     if members["json"]:
@@ -227,7 +248,7 @@ def _row(
             return info
         numbers = [getattr(info, field) for field in _INFO_FIELDS]
     places = [v for m in MEMBERS for x in [members[m] or _NO_MEMBER] for v in (x.offset, x.size, x.crc32)]
-    return (index_key(sample.key), extension.encode()[:8], *places, *numbers)
+    return (index_key(sample.key), extension.rpartition(".")[2].encode(), *places, *numbers)
 
 
 def _described(described: Any) -> list[float] | None:

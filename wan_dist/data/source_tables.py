@@ -17,6 +17,10 @@ from wan_dist.data.source_files import Listing, Source, file_source, walk_clips
 FILE_KEYS: Final = ("file", "video", "video_path", "path", "file_name", "image", "image_path")
 TABLE_SUFFIXES: Final = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
+_MAX_FIELD_CHARACTERS: Final = 1 << 24
+"""Of one field of a CSV. Python's own limit of 131072 would end the pack for one caption that is only too long; a quote
+that is never closed still ends at this one."""
+
 Row = tuple[str, dict[str, Any] | str]
 """Where a row stands, and the row or what is wrong with it."""
 
@@ -132,6 +136,8 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
+    # The whole process's, hence never lowered.
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_FIELD_CHARACTERS))
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), dialect=_dialect(path))
     try:
         for row in reader:

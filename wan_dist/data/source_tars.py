@@ -1,12 +1,14 @@
 """Clips in existing WebDataset tars, such as video2dataset writes. Bytes stay where they are until they are packed."""
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from wan_dist.data.captions import parse_sidecar
 from wan_dist.data.probe import Reject
 from wan_dist.data.source_files import CLIP_EXTENSIONS, FOREIGN_EXTENSIONS, Listing, Source, is_utf8
+from wan_dist.data.tar_walk import RENAME, split_name
 
 
 def list_tars(folder: Path, tars: list[Path]) -> Listing:
@@ -28,16 +30,11 @@ def list_tars(folder: Path, tars: list[Path]) -> Listing:
         except (tarfile.TarError, OSError) as error:
             hint = f"{error}; what comes before is used; copy the tar again (.tar.gz must be unpacked first)"
             rejects.append(Reject("bad_tar", name, hint))
-    repeated = {path for path, count in _counts(sources).items() if count > 1}
-    rejects += [Reject("repeated_key", path, "the tar holds this name twice; rename one") for path in sorted(repeated)]
-    return Listing(tuple(s for s in sources if s.path not in repeated), tuple(rejects), folder)
-
-
-def _counts(sources: list[Source]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for source in sources:
-        counts[source.path] = counts.get(source.path, 0) + 1
-    return counts
+    counts = Counter(_key(source.path) for source in sources)
+    # Nobody can say which of them is meant.
+    repeated = sorted({source.path for source in sources if counts[_key(source.path)] > 1})
+    rejects += [Reject("repeated_key", path, f"several samples of the tar have its key; {RENAME}") for path in repeated]
+    return Listing(tuple(s for s in sources if counts[_key(s.path)] == 1), tuple(rejects), folder)
 
 
 def _samples(tar: Path, name: str) -> Iterator[Source | Reject]:
@@ -49,7 +46,7 @@ def _samples(tar: Path, name: str) -> Iterator[Source | Reject]:
                 raise CutTarError(f"{member.name} is cut off")
             if not member.isreg() or member.name.rpartition("/")[2].startswith(("__", ".")):
                 continue
-            if members and _key(member) != _key(members[0]):
+            if members and _key(member.name) != _key(members[0].name):
                 yield from _sample(archive, members, name, stat.st_mtime_ns)
                 members = []
             members.append(member)
@@ -74,10 +71,10 @@ def _sample(
     path = f"{name}/{clip.name}"
     if not is_utf8(path):
         yield Reject("bad_name", repr(path), "the member's name is not UTF-8; rename it")
+    elif repeated := [e for e, n in Counter(split_name(m.name)[1] for m in members).items() if n > 1]:
+        yield Reject("repeated_key", path, f"its sample holds .{', .'.join(sorted(repeated))} twice; {RENAME}")
     elif len(media) > 1:
-        yield Reject(
-            "several_clips", path, f"{len(media)} clips share the key {_key(clip)}; names end at their first dot"
-        )
+        yield Reject("several_clips", path, f"{len(media)} clips share the key {_key(clip.name)}; {RENAME}")
     elif _extension(clip) in FOREIGN_EXTENSIONS:
         yield Reject("unknown_container", path, f".{_extension(clip)} is not read; transcode to mp4")
     else:
@@ -91,7 +88,8 @@ def _sample(
 def _captions(archive: tarfile.TarFile, members: list[tarfile.TarInfo], path: str) -> tuple[str, ...] | Reject:
     problem = Reject("no_caption", path, "its sample has neither .json with a caption nor .txt; add one")
     for suffix in ("json", "txt"):
-        for member in members:
+        # KEY.txt before KEY.b.c.txt.
+        for member in sorted(members, key=lambda m: split_name(m.name)[1] != suffix):
             content = archive.extractfile(member) if _extension(member) == suffix else None
             if content is None:
                 continue
@@ -104,9 +102,8 @@ def _captions(archive: tarfile.TarFile, members: list[tarfile.TarInfo], path: st
     return problem
 
 
-def _key(member: tarfile.TarInfo) -> str:
-    folder, slash, base = member.name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
+def _key(name: str) -> str:
+    return split_name(name)[0]
 
 
 def _extension(member: tarfile.TarInfo) -> str:

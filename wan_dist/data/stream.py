@@ -28,6 +28,7 @@ from wan_dist.data.probe_worker import Prober
 from wan_dist.data.reader import CAPTION_KEYS
 from wan_dist.data.reindex import media_extension, probe_bytes
 from wan_dist.data.stores import StoredFile, is_remote, open_store, open_stream
+from wan_dist.data.tar_walk import member_named
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,10 @@ class ClipStream:
                         found += 1
                         yield clip
                 if not found:
-                    raise DataError(f"{self._tars[0]} and others: no clip that can be used: {dict(self.rejects)}.")
+                    reasons = (
+                        ", ".join(f"{count} {code}" for code, count in sorted(self.rejects.items())) or "no samples"
+                    )
+                    raise DataError(f"{self._tars[0]} and others: no clip that can be used ({reasons}).")
                 number += 1
 
     def frames(self, clip: StreamedClip, choice: float, crop_xy: tuple[float, float]) -> NDArray[np.uint8]:
@@ -126,6 +130,7 @@ class ClipStream:
             choice=choice,
             crop_xy=crop_xy if self._rules.crop == "random" else (0.5, 0.5),
             allow_duplicate_frames=self._rules.allow_duplicate_frames,
+            consecutive=self._rules.consecutive,
             name=clip.key,
         )
 
@@ -196,7 +201,7 @@ def _open(tar: str) -> IO[bytes]:
 
 def _captions(sample: dict[str, Any]) -> tuple[str, ...]:
     try:
-        described = json.loads(sample.get("json", b"{}"))
+        described = json.loads(sample.get(member_named(sample, "json") or "", b"{}"))
     except ValueError:
         described = {}
     for key in CAPTION_KEYS if isinstance(described, dict) else ():
@@ -204,7 +209,7 @@ def _captions(sample: dict[str, Any]) -> tuple[str, ...]:
         captions = tuple([value] if isinstance(value, str) else value or ())
         if captions and all(isinstance(c, str) and c for c in captions):
             return captions
-    text = bytes(sample.get("txt", b"")).decode("utf-8-sig", "replace").strip()
+    text = bytes(sample.get(member_named(sample, "txt") or "", b"")).decode("utf-8-sig", "replace").strip()
     return (text,) if text else ()
 
 

@@ -4,7 +4,7 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,9 @@ from wan_dist.data.stores import LocalStore, StoredFile, open_stream
 
 MAX_INDEX_KEY_BYTES: Final = 90
 _PIECE_BYTES: Final = 1 << 20
+
+RENAME: Final = "keys end at the first dot of a name; rename one (other dots as _) and make the tar again"
+"""What to do about samples that cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,17 @@ class TarMember:
 
 @dataclass
 class TarSample:
-    """Adjacent members whose names are equal up to the first dot of their last part; extension to member."""
+    """Adjacent members whose names are equal up to the first dot of their last part.
+
+    Attributes:
+        key: what their names have in common.
+        members: extension to member; of several with one extension the first.
+        repeated: extensions that more than one member has.
+    """
 
     key: str
     members: dict[str, TarMember] = field(default_factory=dict)
+    repeated: set[str] = field(default_factory=set)
 
 
 def walk_tar(path: Path | StoredFile, *, checksums: bool = False) -> Iterator[TarSample]:
@@ -40,7 +50,7 @@ def walk_tar(path: Path | StoredFile, *, checksums: bool = False) -> Iterator[Ta
         path: an uncompressed tar, here or in a store.
         checksums: read every member and compute its CRC-32.
     Raises:
-        DataError: not a tar, cut off, or two members of a sample have one extension.
+        DataError: not a tar, or cut off.
     """
     try:
         file = StoredFile(LocalStore(path.parent), path.name) if isinstance(path, Path) else path
@@ -56,7 +66,8 @@ def walk_tar(path: Path | StoredFile, *, checksums: bool = False) -> Iterator[Ta
                         yield sample
                     sample = TarSample(key)
                 if extension in sample.members:
-                    raise DataError(f"{path}: sample {key}: two .{extension} members side by side; rename one.")
+                    sample.repeated.add(extension)
+                    continue
                 crc32 = _checksum(tar, info) if checksums else 0
                 sample.members[extension] = TarMember(info.offset_data, info.size, crc32)
             if sample is not None:
@@ -78,6 +89,12 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
+
+
+def member_named(extensions: Iterable[str], suffix: str) -> str | None:
+    """Return which of a sample's members is its json or txt: `KEY.txt`, or else one like `KEY.b.c.txt`."""
+    ours = [e for e in extensions if e.rpartition(".")[2] == suffix]
+    return suffix if suffix in ours else next(iter(ours), None)
 
 
 def index_key(key: str) -> bytes:

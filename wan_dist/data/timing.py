@@ -81,6 +81,18 @@ def choose_frames(
     return np.minimum(indices, len(stamps_s) - num_frames + steps)
 
 
+def consecutive_frames(available: int, num_frames: int, choice: float) -> NDArray[np.int64]:
+    """Return indices of frames that follow each other in the file, [num_frames], whatever times they have.
+
+    Args:
+        available: frames in the file, at least `num_frames`.
+        num_frames: frames wanted.
+        choice: where the window lies, in [0, 1): 0 is the clip's head, 0.5 its centre.
+    """
+    places = available - num_frames + 1
+    return min(int(choice * places), places - 1) + np.arange(num_frames)
+
+
 def _nearest(stamps_s: NDArray[np.float64], wanted_s: NDArray[np.float64]) -> NDArray[np.int64]:
     """Index of the nearest stamp for each wanted time; of two equally near ones, the earlier."""
     right = np.searchsorted(stamps_s, wanted_s).clip(1, max(1, len(stamps_s) - 1))

@@ -63,6 +63,16 @@ def test_variable_frame_rate_is_followed_by_stamps(tmp_path: Path) -> None:
         assert read_numbers(frames) == choose_frames(stamps / 1000, 13, 12, choice, False).tolist()
 
 
+def test_consecutive_frames_follow_each_other_whatever_their_times(tmp_path: Path) -> None:
+    stamps = np.concatenate([[0], np.cumsum(np.random.default_rng(4).integers(10, 200, 39))])
+    path = write_clip(tmp_path / "vfr.mp4", 40, stamps_ms=stamps.tolist())
+    for choice, first in ((0.0, 0), (0.5, 14), (0.999, 27)):
+        frames = decode_clip(path, Bucket(80, 48, 13), fps=9.5, choice=choice, consecutive=True)
+        assert read_numbers(frames) == list(range(first, first + 13))
+    with pytest.raises(DataError, match="too_short"):
+        decode_clip(path, Bucket(80, 48, 41), fps=9.5, consecutive=True)
+
+
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation_is_applied(tmp_path: Path, rotation: int) -> None:
     path = write_clip(tmp_path / "turned.mp4", 20, rotation=rotation, first=5)

@@ -102,6 +102,20 @@ def test_frame_choices(two: tuple[Path, Path], mode: str, choice: float, numbers
     assert read_numbers(found) == numbers
 
 
+def test_native_frames_of_a_variable_rate_are_consecutive(tmp_path: Path) -> None:
+    stamps = np.concatenate([[0], np.cumsum(np.random.default_rng(5).integers(10, 150, 19))])
+    write_clip(tmp_path / "clips.mp4", 20, stamps_ms=stamps.tolist())
+    (tmp_path / "clips.txt").write_text("varying")
+    pack_clips(tmp_path, tmp_path / "shards")
+    dataset = opened(tmp_path / "shards", num_frames=[5], frame_choice="native", fps=24.0)
+    place = dataset.find("clips")
+    for choice, first in ((0.0, 0), (0.5, 8), (0.99, 15)):
+        clip = dataset.locate(*place, choice=choice, crop_xy=CENTER)
+        assert read_numbers(dataset.frames(clip)) == list(range(first, first + 5))
+        times = (stamps[first : first + 5] - stamps[0]) / 1000
+        np.testing.assert_allclose(dataset.frame_times(clip), times, atol=1e-3)
+
+
 def test_a_held_out_clip_must_not_be_trained_on(two: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = (open_shards(folder) for folder in two)
     check_held_out([a], [b])

@@ -169,6 +169,15 @@ def test_long_captions_are_reported(tmp_path: Path) -> None:
         pack_clips(clips, tmp_path / "none", tokenizer_path=clips)
 
 
+def test_a_caption_of_any_length_costs_only_a_warning(tmp_path: Path) -> None:
+    clips = folder_of_clips(tmp_path / "clips", ["a", "b"])
+    for name in "ab":
+        (clips / f"{name}.txt").unlink()
+    (clips / "metadata.csv").write_text(f'file,caption\na.mp4,short\nb.mp4,"{"long, " * 30_000}"\n')
+    result = pack_clips(clips, tmp_path / "shards")
+    assert (result.num_clips, result.rejects, result.warnings) == (2, {}, {"long_caption": 1})
+
+
 def test_other_rules_are_other_shards(tmp_path: Path) -> None:
     clips = folder_of_clips(tmp_path / "clips", ["a"])
     pack_clips(clips, tmp_path / "out")

@@ -10,10 +10,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.clips import REAL_CLIPS, write_clip, write_sound_only
+from wan_dist.core.buckets import Bucket
+from wan_dist.data.decode import decode_clip
 from wan_dist.data.probe import ClipInfo, Reject, probe_clip
 from wan_dist.data.probe_worker import Prober
 
@@ -168,3 +171,31 @@ def test_frames_that_share_a_stamp_are_rejected(tmp_path: Path) -> None:
     found = probe_clip(path, "dup.mkv")
     assert isinstance(found, Reject)
     assert found.code == "repeated_timestamps"
+
+
+def test_a_matroska_file_that_starts_late_lacks_no_tail(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "late.mkv", 48, stamps_ms=[5000 + 40 * n for n in range(48)])
+    with av.open(str(path)) as container:
+        assert container.start_time == 5_000_000
+    assert good(path).warnings == ()
+
+
+def test_an_animated_webp_is_called_so(tmp_path: Path) -> None:
+    path = tmp_path / "moving.webp"
+    frames = [Image.new("RGB", (32, 32), (40 * n, 0, 0)) for n in range(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    found = probe_clip(path, "moving.webp")
+    assert isinstance(found, Reject)
+    assert (found.code, found.hint) == (
+        "unknown_codec",
+        "an animated WebP, which FFmpeg cannot decode; transcode to mp4",
+    )
+
+
+def test_a_cmyk_jpeg_is_opaque(tmp_path: Path) -> None:
+    path = tmp_path / "print.jpg"
+    Image.new("CMYK", (32, 32), (0, 200, 200, 30)).save(path)
+    assert good(path).warnings == ()
+    # Within what coding and rounding of the two conversions move.
+    wanted = np.asarray(Image.open(path).convert("RGB"), np.int16)
+    assert np.abs(decode_clip(path, Bucket(32, 32, 1), fps=1)[0] - wanted).max() <= 4

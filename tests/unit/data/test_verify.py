@@ -142,6 +142,63 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 2048)
     with pytest.raises(DataError, match="not a whole tar"):
         list(walk_tar(path))
-    write_foreign(path, {"a": {"txt": b"1", "TXT": b"2"}}, tarfile.USTAR_FORMAT)
-    with pytest.raises(DataError, match=r"two \.txt members side by side"):
-        list(walk_tar(path))
+
+
+def add_members(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_index_and_pack_agree_about_odd_samples_of_a_tar(tmp_path: Path) -> None:
+    clip, other = (write_clip(tmp_path / f"{n}.mp4", 6, first=10 * n).read_bytes() for n in range(2))
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    samples = [
+        ("good.mp4", clip),
+        ("good.txt", b"good"),
+        ("dotted.b.c.mp4", other),
+        ("dotted.b.c.txt", b"dotted"),
+        ("text-twice.mp4", clip),
+        ("text-twice.txt", b"one"),
+        ("text-twice.TXT", b"two"),
+        ("clip-twice.mp4", clip),
+        ("clip-twice.mp4", other),
+        ("clip-twice.txt", b"two"),
+        ("apart.mp4", clip),
+        ("apart.txt", b"one"),
+        ("two.a.mp4", clip),
+        ("two.a.txt", b"one"),
+        ("two.b.mp4", other),
+        ("two.b.txt", b"two"),
+        ("apart.mp4", other),
+        ("apart.txt", b"two"),
+    ]
+    add_members(folder / "00000.tar", samples)
+    manifest = index_folder(folder)
+    rejects = {"repeated_key": 3, "several_clips": 1}
+    assert (manifest.num_clips, manifest.rejects) == (2, rejects)
+    listed = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    assert {row["path"].split(": ")[1] for row in listed} == {"text-twice", "clip-twice", "apart", "two"}
+    assert all("first dot" in row["hint"] for row in listed)
+    dataset = ClipDataset.open(folder, sizes=[(80, 48)], num_frames=[5], fps=24.0)
+    found = [dataset.load(0, 0, n, choice=0.0, crop_xy=CENTER) for n in range(2)]
+    assert [(s.captions, read_numbers(s.frames)[0]) for s in found] == [(("good",), 0), (("dotted",), 10)]
+    assert verify_shards(open_shards(folder)) == []
+
+    packed = pack_clips(folder / "00000.tar", tmp_path / "packed")
+    assert (packed.num_clips, packed.rejects) == (2, rejects)
+    again = ClipDataset.open(tmp_path / "packed", sizes=[(80, 48)], num_frames=[5], fps=24.0)
+    captions = {again.load(0, 0, n, choice=0.0, crop_xy=CENTER).captions for n in range(2)}
+    assert captions == {("good",), ("dotted",)}
+
+
+def test_an_index_of_nothing_says_why_in_words_and_lists_all(tmp_path: Path) -> None:
+    add_members(tmp_path / "00000.tar", [("a.mp4", b"<html>"), ("b.mp4", b"<html>")])
+    with pytest.raises(DataError) as caught:
+        index_folder(tmp_path)
+    assert "can be used (2 no_caption). First: 00000.tar: a: neither a txt" in str(caught.value)
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 2
+    assert not list(tmp_path.glob("*.idx.npy"))
