@@ -126,9 +126,8 @@ def index_folder(folder: Path, on_shard: Callable[[int, int], None] = lambda _do
         for entry in entries:
             (folder / entry.index_name).unlink()
         first = f" First: {rejects[0].path}: {rejects[0].hint}. All are in {folder / REJECTS_NAME}." if rejects else ""
-        raise DataError(
-            f"{folder}: no clip in its tars can be used ({', '.join(f'{count} {code}' for code, count in by_code.items()) or 'they are empty'}).{first}"
-        )
+        reasons = ", ".join(f"{count} {code}" for code, count in by_code.items()) or "they are empty"
+        raise DataError(f"{folder}: no clip in its tars can be used ({reasons}).{first}")
     manifest = Manifest(
         digest=shards_digest(tuple(entries)),
         plan_digest=FOREIGN_PLAN,
