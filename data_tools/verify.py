@@ -12,8 +12,8 @@ from data_tools.progress import show_count
 from wan_dist.core.errors import DataError
 from wan_dist.core.words import counted
 from wan_dist.data.decode_worker import open_decoder
-from wan_dist.data.family import FAMILY_NAME, find_families, read_manifest
-from wan_dist.data.index import MANIFEST_NAME, open_shards
+from wan_dist.data.family import FAMILY_NAME, read_manifest
+from wan_dist.data.index import MANIFEST_NAME, open_unchecked
 from wan_dist.data.verify import Damage, verify_shards
 from wan_dist.data.verify_family import verify_family
 
@@ -36,9 +36,11 @@ def verify(
         families: list[dict[str, Any]] = []
     else:
         summary, damages = _clips(shards, decode)
-        folders = [folder for kind in ("latents", "text") for folder in find_families(Path(shards), kind)]
-        # Of one that caching has not finished nothing is wrong, and caching looks at it again.
-        found = [_family(folder) for folder in folders if (folder / MANIFEST_NAME).exists()]
+        # One without a manifest has not been finished: nothing is wrong, and caching looks at it again.
+        manifests = [
+            path for kind in ("latents", "text") for path in sorted(Path(shards).glob(f"{kind}-*/{MANIFEST_NAME}"))
+        ]
+        found = [_family(path.parent) for path in manifests]
         families = [row for row, _ in found]
         damages += [damage for _, more in found for damage in more]
     if as_json:
@@ -58,7 +60,7 @@ def verify(
 
 
 def _clips(shards: str, decode: bool) -> tuple[dict[str, Any], list[Damage]]:
-    opened = open_shards(shards)
+    opened = open_unchecked(shards)
     decoder = open_decoder("process") if decode else None
     try:
         with show_count("shards") as progress:
@@ -70,12 +72,14 @@ def _clips(shards: str, decode: bool) -> tuple[dict[str, Any], list[Damage]]:
 
 
 def _family(folder: Path) -> tuple[dict[str, Any], list[Damage]]:
-    manifest = read_manifest(folder)
     try:
-        with show_count(f"shards of {folder.name}") as progress:
-            damages = verify_family(folder, progress)
+        manifest = read_manifest(folder)
     except DataError as error:
-        damages = [Damage(str(folder), None, str(error).removeprefix(f"{folder}: "))]
+        path = folder / MANIFEST_NAME
+        damage = Damage(str(path), None, str(error).removeprefix(f"{path}: "))
+        return {"name": str(folder), "shards": 0, "clips": 0, "bytes": 0, "num_damaged": 1}, [damage]
+    with show_count(f"shards of {folder.name}") as progress:
+        damages = verify_family(folder, progress)
     return _summary(str(folder), manifest, damages), damages
 
 

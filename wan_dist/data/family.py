@@ -108,7 +108,7 @@ def open_family(folder: Path, kind: Kind) -> Family:
     manifest = read_manifest(folder)
     if manifest.kind != kind:
         raise DataError(f"{folder}: holds {manifest.kind}, not {kind}; give the folder of the other family.")
-    wrong = [problem for entry in manifest.shards for problem in size_problems(folder, entry)]
+    wrong = [f"{name} {what}" for entry in manifest.shards for name, what in size_problems(folder, entry).items()]
     wrong += [f"{name} is missing" for name in manifest.files if not (folder / name).is_file()]
     if not wrong and (
         shards_digest(manifest.shards) != manifest.digest
@@ -144,15 +144,15 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read ({error}); move the folder away, then {_AGAIN}.") from None
 
 
-def size_problems(folder: Path, entry: ShardEntry) -> list[str]:
-    """Return what is wrong with the two files of a family's shard, by their sizes."""
-    wrong: list[str] = []
+def size_problems(folder: Path, entry: ShardEntry) -> dict[str, str]:
+    """Return what is wrong with the two files of a family's shard by their sizes, by name."""
+    wrong: dict[str, str] = {}
     for name, size in ((entry.name, entry.num_bytes), (entry.index_name, entry.index_bytes)):
         try:
             found = (folder / name).stat().st_size
         except OSError:
-            wrong.append(f"{name} is missing")
+            wrong[name] = "is missing"
             continue
         if found != size:
-            wrong.append(f"{name} has {found} bytes instead of {size}")
+            wrong[name] = f"has {found} bytes instead of {size}"
     return wrong

@@ -221,6 +221,17 @@ def open_shards(where: Path | str, cache: CacheLimits | None = None) -> ShardSet
     return shards
 
 
+def open_unchecked(where: Path | str) -> ShardSet:
+    """Return the shards of a folder or URL by their manifest alone, whatever state they are in; for `verify_shards`.
+
+    Raises:
+        DataError: there is no manifest, or it is not readable.
+        StorageError: the storage cannot be reached.
+    """
+    store = open_store(where)
+    return ShardSet(store, _read_manifest(store))
+
+
 def _read_manifest(store: Store) -> Manifest:
     try:
         content = read_whole(store, MANIFEST_NAME)

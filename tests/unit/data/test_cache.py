@@ -215,8 +215,30 @@ def test_verifying_names_each_damaged_sample(families: tuple[Family, Family], tm
         tar.write_bytes(content)
         assert [d.what for d in verify_family(folder)] == ["SHA-256 differs, outside of all samples"]
         tar.write_bytes(content[:-1])
-        with pytest.raises(DataError, match=rf"{tar.name} has {len(content) - 1} bytes instead of {len(content)}"):
-            verify_family(folder)
+        assert [d.what for d in verify_family(folder)] == [f"has {len(content) - 1} bytes instead of {len(content)}"]
+
+
+def test_verifying_a_family_is_not_ended_by_the_first_damage(families: tuple[Family, Family], tmp_path: Path) -> None:
+    text = families[1]
+    folder = shutil.copytree(text.folder, tmp_path / text.folder.name)
+    first, second, third = sorted(folder.glob("*.tar"))[:3]
+    first.unlink()
+    index = text.index(1)
+    second.write_bytes(second.read_bytes()[: int(index["offset"][-1]) + 1])
+    content = bytearray(third.read_bytes())
+    content[int(text.index(2)["offset"][0]) + int(text.index(2)["size"][0]) - 1] ^= 1
+    third.write_bytes(content)
+    (folder / "empty.safetensors").unlink()
+    (folder / "family.json").write_text("{")
+    found = [(Path(d.file).name, d.sample, d.what.partition(" ")[0]) for d in verify_family(folder)]
+    assert found == [
+        ("family.json", None, "cannot"),
+        ("empty.safetensors", None, "is"),
+        (first.name, None, "is"),
+        (second.name, None, "has"),
+        (second.name, index["key"][-1].decode(), "damaged"),
+        (third.name, text.index(2)["key"][0].decode(), "damaged"),
+    ]
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(

@@ -13,7 +13,7 @@ from tests.clips import read_numbers, write_clip
 from wan_dist.core.errors import DataError
 from wan_dist.data.clips import ClipDataset
 from wan_dist.data.decode_worker import open_decoder
-from wan_dist.data.index import open_shards
+from wan_dist.data.index import open_shards, open_unchecked
 from wan_dist.data.pack import pack_clips
 from wan_dist.data.reindex import index_folder
 from wan_dist.data.tar_walk import walk_tar
@@ -60,6 +60,31 @@ def test_verify_names_each_damaged_file_and_sample(packed: Path) -> None:
         ("data-000000.idx.npy", None, "index"),
         ("data-000000.tar", None, "SHA-256 differs, outside of all samples"),
     }
+
+
+def test_one_missing_or_short_shard_hides_no_other_damage(packed: Path, tmp_path: Path) -> None:
+    pack_clips(tmp_path / "clips", tmp_path / "five", shard_clips=1)
+    folder = tmp_path / "five"
+    tars, indexes = sorted(folder.glob("*.tar")), sorted(folder.glob("*.npy"))
+    last = np.array(open_shards(folder).index(3))[0]
+    tars[0].unlink()
+    tars[1].write_bytes(tars[1].read_bytes()[:3000])
+    indexes[2].write_bytes(b"nothing")
+    flip(tars[2], 600)
+    flip(tars[3], int(last["media_offset"]) + 5)
+    indexes[3].unlink()
+    with pytest.raises(DataError, match="is missing; "):
+        open_shards(folder)
+    found = [(Path(d.file).name, d.sample, d.what.partition(":")[0]) for d in verify_shards(open_unchecked(folder))]
+    assert found == [
+        (tars[0].name, None, "is missing"),
+        (tars[1].name, None, f"has 3000 bytes instead of {(packed / 'data-000000.tar').stat().st_size}"),
+        (tars[1].name, "1", "media"),
+        (indexes[2].name, None, "index"),
+        (tars[2].name, None, "SHA-256 differs, and its index cannot say where"),
+        (indexes[3].name, None, "index"),
+        (tars[3].name, None, "SHA-256 differs, and its index cannot say where"),
+    ]
 
 
 def test_verify_decodes_when_asked(packed: Path) -> None:

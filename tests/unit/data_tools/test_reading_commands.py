@@ -102,6 +102,14 @@ def test_verify_has_status_1_for_damage(folder: Path, tmp_path: Path) -> None:
     assert [d["sample"] for d in json.loads(wan_data("verify", tmp_path / "shards", "--json").stdout)["damaged"]] == [
         "0"
     ]
+    family = tmp_path / "shards" / "text-0123456789ab"
+    family.mkdir()
+    (family / "manifest.json").write_text("{")
+    tar.write_bytes(content[:1000])
+    done = wan_data("verify", tmp_path / "shards")
+    assert done.returncode == 1
+    assert f"{tar}: has 1000 bytes instead of {len(content)}\n" in done.stdout
+    assert f"{family / 'manifest.json'}: " in done.stdout
 
 
 def test_foreign_tars_are_indexed(folder: Path, tmp_path: Path) -> None:
