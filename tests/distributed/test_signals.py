@@ -1,12 +1,15 @@
 """However a job is ended, all of it ends in time, the exit status says so, and what was reached is saved."""
 
+import contextlib
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.conftest import Job, Material, launch, read_rows
-from tests.processes import BIN, pids_of_job, rank_pids, start_program, wait_until
+from tests.processes import BIN, pids_of_job, rank_pids, run_program, start_program, wait_until
 from wan_dist.io.checkpoint import newest_whole
 from wan_dist.io.run_folder import read_status
 
@@ -112,10 +115,38 @@ def test_kill_of_one_rank_ends_the_others(material: Material, rank: int) -> None
     os.kill(rank_pids(job.config)[rank], signal.SIGKILL)
     assert job.wait_for_end() == 1
     log = job.log.read_text()
-    assert "SIGKILL" in log.splitlines()[-1]
+    assert f"rank {rank} was ended by SIGKILL" in log.splitlines()[-1]
     status = read_status(job.run_dir)
-    assert status["state"] == "failed"
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert status["error"] in log.splitlines()[-1]
     assert status["step"] >= 2
+
+
+@pytest.mark.proof
+def test_sigterm_on_a_full_disk_ends_with_the_line_that_says_what_is_saved(material: Material) -> None:
+    """The disk is a small one in a namespace of the job's own, seen through /proc."""
+    run_dir = material.run_dir("full")
+    run_dir.mkdir()
+    mount = 'mount -t tmpfs -o size=64m none "$1" && shift && exec "$@"'
+    words: list[object] = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, "sh", run_dir]
+    probe = [*words[:5], "mount -t tmpfs -o size=4k none /mnt"]
+    if not shutil.which("unshare") or run_program(probe).status:
+        pytest.skip("mounting a small disk needs a namespace of its own")
+    job = Endless(material, "full", [*words, BIN / "wan-dist", "launch", None, "--num-gpus", 2])
+    job.run_dir = Path(f"/proc/{job.process.pid}/root{run_dir}")
+    job.wait_for_steps()
+    with contextlib.suppress(OSError), (job.run_dir / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    job.process.terminate()
+    assert job.wait_for_end() == 1
+    log = job.log.read_text()
+    assert "Traceback" not in log
+    (said,) = [line for line in log.splitlines() if line.startswith("wan-dist: ")]
+    assert "could not be saved" in said
+    assert "nothing was saved before" in said
+    assert "status.json could not be written" in log
+    assert len(log.splitlines()) < 40, log
 
 
 def test_sigterm_during_start_ends_the_job(material: Material) -> None:

@@ -32,6 +32,7 @@ from wan_dist.models.wan.keys import (
 )
 
 DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
+EXPERT_KEY = "wan_dist.expert"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 
@@ -120,7 +121,7 @@ class LoraWeights:
     @property
     def expert(self) -> str | None:
         """The expert that our own files name, None for others' files and for the only transformer."""
-        return self.metadata.get("wan_dist.expert")
+        return self.metadata.get(EXPERT_KEY)
 
 
 def read_lora(path: Path, component: str | None = None) -> LoraWeights:
@@ -148,19 +149,19 @@ def read_lora(path: Path, component: str | None = None) -> LoraWeights:
     return LoraWeights(modules, layout, stated, metadata)
 
 
-def check_expert(path: Path, weights: LoraWeights, expert: str | None) -> None:
-    """Return if a LoRA is not known to be for another expert.
+def check_expert(path: Path, named: str | None, expert: str | None) -> None:
+    """Return if weights are not known to be for another expert.
 
     Args:
-        path: its file, for messages.
-        weights: the LoRA.
+        path: their file, for messages.
+        named: the expert that its header names, as our own files do (`wan_dist.expert`); None for others' files.
         expert: high_noise or low_noise, which it was given for; anything else is not checked.
 
     Raises:
         ModelError: its file names the other expert.
     """
-    if expert in _EXPERTS and weights.expert in _EXPERTS and weights.expert != expert:
-        raise ModelError(f"{path}: is for the {weights.expert} expert and was given for the {expert} one.")
+    if expert in _EXPERTS and named in _EXPERTS and named != expert:
+        raise ModelError(f"{path}: is for the {named} expert and was given for the {expert} one.")
 
 
 def _is_of_model(name: str) -> bool:

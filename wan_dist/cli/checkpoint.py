@@ -93,6 +93,7 @@ def _row(folder: Path, problems: list[str] | None) -> dict[str, Any]:
         return {**row, "problems": problems or [str(error)]}
     return {
         **row,
+        "saved": checkpoint.saved,
         "bytes": checkpoint.num_bytes,
         "ranks": checkpoint.world_size,
         "zero_stage": checkpoint.zero_stage,

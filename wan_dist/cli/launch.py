@@ -23,8 +23,11 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config, print the command and stop.")] = False,
 ) -> None:
     """Train on this machine: one rank per GPU through the DeepSpeed launcher, all ended together."""
+    import time
+
     from wan_dist.config.check import check_paths
     from wan_dist.config.load import load_config
+    from wan_dist.core.errors import LaunchError
     from wan_dist.io.checkpoint import bytes_under_way
     from wan_dist.io.run_folder import checkpoints_dir, mark_failed
     from wan_dist.parallel.ds_config import accumulation_steps
@@ -44,6 +47,7 @@ def launch(
         typer.echo(shlex.join(command))
         return
     env = {"OMP_NUM_THREADS": str(rank_threads(len(devices))), **os.environ}
+    started, status = time.time(), 1
     try:
         status = run_ranks(
             command,
@@ -51,7 +55,11 @@ def launch(
             grace_s=cfg.checkpoint.grace_s + _RANKS_END_FIRST_S,
             progress=lambda: bytes_under_way(checkpoints_dir(Path(cfg.run_dir))) or None,
         )
+    except LaunchError as error:
+        # The others only know that a rank does not answer.
+        mark_failed(Path(cfg.run_dir), str(error), error.exit_code, known_better_since=started)
+        raise
     finally:
         # Nothing runs any more: a rank that was killed could not say so itself.
-        mark_failed(Path(cfg.run_dir), "the job ended before the run could say why")
+        mark_failed(Path(cfg.run_dir), "the job ended before the run could say why", status)
     raise typer.Exit(status)

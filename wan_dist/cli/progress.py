@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+logger = logging.getLogger(__name__)
 
 _QUIET = ("DeepSpeed", "httpx", "urllib3", "filelock")
 
@@ -39,6 +42,7 @@ def log_as_rank(rank: int, level: str, console: Console | None = None) -> None:
         handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    threading.excepthook = _thread_ended
     own = logging.getLevelNamesMapping()[level] if rank == 0 else logging.WARNING
     root.setLevel(max(own, logging.WARNING))
     logging.getLogger("wan_dist").setLevel(own)
@@ -48,6 +52,14 @@ def log_as_rank(rank: int, level: str, console: Console | None = None) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # torch 2.13 deprecates the collectives that DeepSpeed 0.19 calls, once per call site and rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+
+
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """Say in one line that a thread met a full or broken disk, as TensorBoard's does; other errors in full."""
+    if isinstance(ended.exc_value, OSError):
+        logger.warning("%s ended: %s", type(ended.thread).__name__, ended.exc_value)
+    else:
+        threading.__excepthook__(ended)
 
 
 def quiet_libraries() -> None:

@@ -69,7 +69,7 @@ def _train(config: Path, overrides: list[str], stop: "StopRequest") -> int:
 
     ranks = ranks_from_environment()
     if ranks.is_main:
-        stop.before_force = lambda why: mark_failed(Path(cfg.run_dir), why)
+        stop.before_force = lambda why: mark_failed(Path(cfg.run_dir), why, stop.exit_code())
     console = Console(stderr=True)
     log_as_rank(ranks.rank, cfg.log.level, console)
     from wan_dist.train.build import run_training

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 POINTER_NAME = "latest"
 MANIFEST_VERSION = 2
+SAVED = "saved"
 TEMPORARY_PREFIX = ".tmp-step-"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
@@ -53,6 +54,11 @@ class Checkpoint:
     state: dict[str, Any]
     files: dict[str, dict[str, Any]]
     manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def saved(self) -> float:
+        """When it was committed, seconds since 1970; of manifests that do not say so, when its folder changed."""
+        return self.manifest.get(SAVED) or self.folder.stat().st_mtime
 
     @property
     def num_bytes(self) -> int:
@@ -178,7 +184,7 @@ def commit(temporary: Path, manifest: dict[str, Any]) -> Path:
         OSError: the disk is full or broken; the temporary folder is still one.
     """
     final = temporary.with_name(folder_name(manifest["step"]))
-    write_json_atomic(temporary / MANIFEST_NAME, trust.sign(manifest))
+    write_json_atomic(temporary / MANIFEST_NAME, trust.sign({**manifest, SAVED: time.time()}))
     for folder in {(temporary / name).parent for name in manifest["files"]}:
         sync(folder)
     replaced = final.with_name(f"{TEMPORARY_PREFIX}replaced-{time.time_ns()}")

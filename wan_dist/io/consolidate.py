@@ -133,7 +133,9 @@ def consolidate(
     with new_folder(out, size) as folder:
         usage = LAYOUTS[layout](export, folder)
         label = _DTYPE_LABELS[dtype]
-        card = model_card(checkpoint, export.title, layout=layout, dtype=label, ema=ema, usage=usage)
+        card = model_card(
+            checkpoint, export.title, components=components, layout=layout, dtype=label, ema=ema, usage=usage
+        )
         write_text_atomic(folder / "README.md", card)
     return out
 

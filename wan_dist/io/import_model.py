@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from wan_dist.adapters.lora_files import EXPERT_KEY, check_expert
 from wan_dist.core.errors import ModelError
 from wan_dist.io.consolidate import Progress, check_folder, copy_tree, new_folder
 from wan_dist.io.hashing import write_json_atomic
@@ -16,6 +17,8 @@ from wan_dist.io.safetensors_stream import num_bytes, write_sharded
 from wan_dist.models.wan.original import diffusers_config
 from wan_dist.models.wan.transformer import EXPERT_FOLDERS, empty_transformer, read_transformer_config
 from wan_dist.models.wan.variants import WanVariant, get_variant
+
+_EXPERT_OF = {component: expert for expert, component in EXPERT_FOLDERS.items()}
 
 
 def find_experts(source: Path, variant: str, expert: str | None, low: Path | None) -> dict[str, Path]:
@@ -83,11 +86,13 @@ def import_model(
         `out`.
 
     Raises:
-        ModelError: weights or base are unreadable, quantised, incomplete or of another variant.
+        ModelError: weights or base are unreadable, quantised, incomplete, of another variant or of the other expert.
         CheckpointError: `out` exists and is not empty.
     """
     spec = get_variant(variant)
     opened = {component: open_model(source) for component, source in experts.items()}
+    for component, model in opened.items() if spec.num_transformers > 1 else ():
+        check_expert(experts[component], model.metadata.get(EXPERT_KEY), _EXPERT_OF[component])
     configs = {
         component: _config(model, experts[component], spec, base / component if base else None)
         for component, model in opened.items()

@@ -114,7 +114,7 @@ def _read(applied: Applied, expert: str | None) -> LoraWeights:
     weights = read_lora(applied.path)
     if applied.multiplier < 0 and weights.uses_dora:
         raise ModelError(f"{applied.path}: a DoRA cannot be taken out again: merging lost the length of each row.")
-    check_expert(applied.path, weights, expert)
+    check_expert(applied.path, weights.expert, expert)
     return weights
 
 

@@ -1,7 +1,7 @@
 """Where exported weights come from: header strings of their files and a model card beside them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,22 @@ def header_of(checkpoint: Checkpoint, component: str, title: str, *, ema: bool, 
     return strings | ({"wan_dist.expert": expert} if expert else {})
 
 
-def model_card(checkpoint: Checkpoint, title: str, *, layout: str, dtype: str, ema: bool, usage: str) -> str:
+def model_card(
+    checkpoint: Checkpoint,
+    title: str,
+    *,
+    components: Iterable[str],
+    layout: str,
+    dtype: str,
+    ema: bool,
+    usage: str,
+) -> str:
     """Return a README.md: what was trained, on what, for how long, and how to load it.
 
     Args:
-        checkpoint: what was exported.
+        checkpoint: where the weights come from.
         title: heading.
+        components: those of the checkpoint that were written.
         layout: format of the weights.
         dtype: of the weights, as the command line has it.
         ema: whether they are the running average.
@@ -84,7 +94,7 @@ def model_card(checkpoint: Checkpoint, title: str, *, layout: str, dtype: str, e
     variant = state["variant"]
     facts = {
         "base model": _BASE_MODELS.get(variant, variant),
-        "trained": ", ".join(expert_of(checkpoint, name) or name for name in checkpoint.components),
+        "trained": ", ".join(expert_of(checkpoint, name) or name for name in components),
         "method": _described(method),
         "weights": f"{'running average' if ema else 'last'} after step {checkpoint.step}, {dtype}, {layout} format",
         "samples per step": state.get("global_batch_size"),

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import time
@@ -11,6 +12,8 @@ from typing import IO, Any
 
 from wan_dist.core.errors import CheckpointError
 from wan_dist.io.hashing import write_json_atomic, write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
@@ -104,15 +107,37 @@ def write_status(run_dir: Path, state: str, **values: Any) -> None:
     write_json_atomic(run_dir / "status.json", {"state": state, "time": time.time(), "pid": os.getpid(), **values})
 
 
-def mark_failed(run_dir: Path, error: str) -> None:
-    """Make `status.json` say that the run failed, if it still says that this process or one that is gone runs it."""
+def say_status(run_dir: Path, state: str, **values: Any) -> None:
+    """Write the status as `write_status` does; where that cannot be, say so in the log and go on.
+
+    For the end of a run, whose own outcome is what the user must see.
+    """
+    try:
+        write_status(run_dir, state, **values)
+    except OSError as error:
+        logger.warning("%s could not be written (%s); the run is %s", run_dir / "status.json", error.strerror, state)
+
+
+def mark_failed(run_dir: Path, error: str, exit_code: int, *, known_better_since: float | None = None) -> None:
+    """Make `status.json` say that the run failed, if it still says that this process or one that is gone runs it.
+
+    Args:
+        run_dir: the run folder.
+        error: why.
+        exit_code: of the job.
+        known_better_since: `time.time()` of the start of the job, where `error` is the cause of what a rank may have
+            written since: that is replaced too.
+    """
     try:
         status = read_status(run_dir)
     except CheckpointError:
         return
-    if status.get("state") in _UNDER_WAY and not _runs_elsewhere(status.get("pid", 0)):
+    replaced = status.get("state") in _UNDER_WAY
+    if known_better_since is not None and status.get("state") == "failed":
+        replaced = status.get("time", 0.0) >= known_better_since
+    if replaced and not _runs_elsewhere(status.get("pid", 0)):
         kept = {name: value for name, value in status.items() if name not in ("state", "time", "pid")}
-        write_status(run_dir, "failed", **kept, error=error)
+        say_status(run_dir, "failed", **{**kept, "error": error, "exit_code": exit_code})
 
 
 def _runs_elsewhere(pid: int) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from wan_dist.core.errors import LaunchError
+from wan_dist.parallel.rank_watch import RankWatch
 from wan_dist.parallel.shutdown import Deadline
 
 logger = logging.getLogger(__name__)
@@ -110,22 +111,27 @@ def run_ranks(
     except OSError as error:
         raise LaunchError(f"{command[0]}: cannot be started ({error.strerror}).") from None
     received: list[int] = []
+    watch = RankWatch(process.pid)
 
     def forward(signum: int, _frame: FrameType | None) -> None:
         received.append(signum)
 
     previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        status = _wait_for_group(process, received, lambda: Deadline(grace_s, progress), grace_s)
+        status = _wait_for_group(process, received, lambda: Deadline(grace_s, progress), grace_s, watch)
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     if received:
-        return 128 + received[0]
-    # The launcher exits with a rank's status, -9 for one that was killed, of which the system keeps the low byte.
-    if status in _KILLED:
-        name = signal.Signals(_KILLED[status]).name
-        raise LaunchError(f"a rank was ended by {name}; out of memory is the usual reason (see `dmesg`).")
+        # A rank that says itself that it failed, such as one that could not save, did not end by the signal.
+        return status if status in (1, 2) else 128 + received[0]
+    # The launcher exits with a rank's status, -9 for one that was killed, of which the system keeps the low byte; or
+    # with that of another rank, which failed for want of the first.
+    who, signum = watch.killed or ("a rank", _KILLED.get(status))
+    if signum:
+        name = signal.Signals(signum).name
+        hint = "; out of memory is the usual reason (see `dmesg`)" if signum == signal.SIGKILL else ""
+        raise LaunchError(f"{who} was ended by {name}{hint}.")
     return status
 
 
@@ -137,11 +143,16 @@ def _end_with_parent() -> None:
 
 
 def _wait_for_group(
-    process: subprocess.Popen[bytes], received: Sequence[int], new_deadline: Callable[[], Deadline], grace_s: float
+    process: subprocess.Popen[bytes],
+    received: Sequence[int],
+    new_deadline: Callable[[], Deadline],
+    grace_s: float,
+    watch: RankWatch,
 ) -> int:
     deadline: Deadline | None = None
     told: dict[int, int] = {}
     while True:
+        watch.look()
         status = process.poll()
         if status is not None and not _group_alive(process.pid):
             return status if status >= 0 else 128 - status
@@ -168,7 +179,10 @@ def _tell_ranks(launcher: int, received: Sequence[int], told: dict[int, int]) ->
         told: how many of them each process has had, updated in place.
     """
     ranks = [pid for _, pid, parent, _ in _processes() if parent == launcher]
-    for pid in ranks or [launcher]:
+    # A launcher whose ranks have ended is about to tell their status, and would die of a signal instead.
+    if not ranks and told.keys() <= {launcher}:
+        ranks = [launcher]
+    for pid in ranks:
         for signum in received[told.get(pid, 0) :]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)

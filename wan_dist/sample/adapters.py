@@ -36,7 +36,7 @@ def add_loras(pipeline: Any, component: str, loras: Sequence[tuple[Path, float]]
     names = []
     for number, (path, _) in enumerate(loras):
         weights = read_lora(path, component)
-        check_expert(path, weights, expert)
+        check_expert(path, weights.expert, expert)
         _check_fits(path, weights, layers)
         names.append(f"lora_{number}")
         pipeline.load_lora_into_transformer(_tensors(weights, layers), transformer, adapter_name=names[-1])

@@ -12,7 +12,7 @@ from wan_dist.config.schema import TrainConfig
 from wan_dist.core.buckets import make_buckets
 from wan_dist.core.errors import ConfigError, before_first_step
 from wan_dist.core.order import Block
-from wan_dist.io.run_folder import checkpoints_dir, describe_run, mark_failed, write_status
+from wan_dist.io.run_folder import checkpoints_dir, describe_run, mark_failed, say_status, write_status
 from wan_dist.models.wan.transformer import read_transformer_config
 from wan_dist.models.wan.variants import WanVariant, get_variant
 from wan_dist.parallel import dist
@@ -91,7 +91,7 @@ def run_training(cfg: TrainConfig, ranks: Ranks, stop: StopRequest, on_step: OnS
         _run(cfg, ranks, stop, experts, averages, encoded, batches, identity, state, on_step)
     except Exception as error:
         if ranks.is_main:
-            mark_failed(run_dir, str(error) or repr(error))
+            mark_failed(run_dir, str(error) or repr(error), getattr(error, "exit_code", 1))
         raise
     finally:
         batches.close()
@@ -197,7 +197,7 @@ def _finish(run_dir: Path, ranks: Ranks, stop: StopRequest, state: TrainState, n
     # All ranks give the same answer, also those that no signal reached.
     code = 0 if done else int(dist.max_over_ranks(float(stop.exit_code()), ranks))
     if ranks.is_main:
-        write_status(run_dir, "finished" if done else "stopped", step=state.step, num_steps=num_steps, exit_code=code)
+        say_status(run_dir, "finished" if done else "stopped", step=state.step, num_steps=num_steps, exit_code=code)
         logger.info("%s after step %d of %d", "finished" if done else "stopped and saved", state.step, num_steps)
     dist.barrier()
     dist.stop()

@@ -179,7 +179,7 @@ def add_adapters(cfg: TrainConfig, model: Any, expert: str, ds_config: dict[str,
         names = add_lora(model, spec, seed=seed_of(cfg.train.seed, "lora", expert) % 2**63)
     if path := cfg.method.init_from.get(expert):  # type: ignore[call-overload]
         found = read_lora(Path(path), component_of(expert))
-        check_expert(Path(path), found, expert)
+        check_expert(Path(path), found.expert, expert)
         if any(module.magnitude_over_base for module in found.modules.values()):
             base = open_model(Path(cfg.model.path) / component_of(expert)).tensors
             found = with_magnitudes(found, base, over_base=False)

@@ -1,9 +1,11 @@
 """Where reports go: metrics.jsonl, TensorBoard, wandb. Rank 0 only; none of them may end a run."""
 
+import errno
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,8 @@ from wan_dist.core.errors import ConfigError
 from wan_dist.io.run_folder import METRICS_NAME
 
 logger = logging.getLogger(__name__)
+
+_PROBE_BYTES = 64 << 10
 
 
 class Sink(Protocol):
@@ -41,8 +45,17 @@ class MetricsFile:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line."""
-        with self._path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        line = (json.dumps(row) + "\n").encode()
+        with self._path.open("ab", buffering=0) as handle:
+            end = handle.seek(0, os.SEEK_END)
+            try:
+                whole = handle.write(line) == len(line)
+            except OSError:
+                handle.truncate(end)
+                raise
+            if not whole:  # the next row would be glued to half of this one
+                handle.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def image(self, tag: str, step: int, pixels: NDArray[np.uint8]) -> None:
         """Leave images to the files of their own."""
@@ -52,26 +65,54 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Event files in the run folder."""
+    """Event files in the run folder.
+
+    The thread that writes them dies of the first error and raises it at every later call (tensorboard 2.21), so after
+    one the next report begins a new file.
+    """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        """Open a file in which everything from `first_step` on is new."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
+        """Remember where; what an earlier process wrote of `first_step` and later is purged."""
+        self._run_dir = run_dir
+        self._purge_step: int | None = first_step
+        self._writer: Any = None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a point for every number."""
-        for tag, value in flat(row).items():
-            self._writer.add_scalar(tag, value, row["step"])
+        self._with_writer(
+            lambda writer: [writer.add_scalar(tag, value, row["step"]) for tag, value in flat(row).items()]
+        )
 
     def image(self, tag: str, step: int, pixels: NDArray[np.uint8]) -> None:
         """Add an image."""
-        self._writer.add_image(tag, pixels, step, dataformats="HWC")
+        self._with_writer(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
         """Flush."""
-        self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer:
+            writer.close()
+
+    def _with_writer(self, use: Callable[[Any], object]) -> None:
+        try:
+            self._writer = self._writer or self._open()
+            use(self._writer)
+        except Exception:
+            self._writer = None
+            raise
+
+    def _open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # On a full disk each try would leave an empty event file.
+        probe = self._run_dir / ".events.tmp"
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+        writer = SummaryWriter(str(self._run_dir), purge_step=self._purge_step)
+        self._purge_step = None
+        return writer
 
 
 class Wandb:
@@ -126,11 +167,33 @@ def flat(row: Mapping[str, Any]) -> dict[str, float]:
     return tags
 
 
-def write_all(sinks: list[Sink], row: Mapping[str, Any]) -> None:
-    """Give a report to every sink; one that fails is named in the log."""
-    for sink in sinks:
+class Lenient:
+    """A sink whose failures cost reports and nothing else: the first is a warning in the log, later ones are quiet."""
+
+    def __init__(self, sink: Sink) -> None:
+        """Stand in for `sink`."""
+        self._sink = sink
+        self._warned = False
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Give the report on."""
+        self._try(lambda: self._sink.write(row), f"the report of step {row['step']}")
+
+    def image(self, tag: str, step: int, pixels: NDArray[np.uint8]) -> None:
+        """Give the image on."""
+        self._try(lambda: self._sink.image(tag, step, pixels), f"{tag} of step {step}")
+
+    def close(self) -> None:
+        """Close."""
+        self._try(self._sink.close, "what was not written yet")
+
+    def _try(self, give: Callable[[], None], what: str) -> None:
         try:
-            # On a full disk even TensorBoard raises in the caller (tensorboard 2.21).
-            sink.write(row)
+            give()
         except Exception as error:  # metrics must never end a run, whatever a client library raises
-            logger.warning("metrics of step %d could not be written (%s): %s", row["step"], type(sink).__name__, error)
+            if not self._warned:
+                logger.warning(
+                    "%s is lost to %s: %s. Training goes on; this is not said again.",
+                    *(what, type(self._sink).__name__, error),
+                )
+            self._warned = True

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed
 
+from wan_dist.core.errors import WanDistError
 from wan_dist.io.run_folder import METRICS_NAME, keep_metrics_before, write_status
 from wan_dist.parallel.dist import Ranks
 from wan_dist.train.loop import StepResult, TrainState
-from wan_dist.train.report_sinks import MetricsFile, Sink, TensorBoard, Wandb, write_all
+from wan_dist.train.report_sinks import Lenient, MetricsFile, Sink, TensorBoard, Wandb
 from wan_dist.train.throughput import Throughput, memory_gib
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class ReportHook:
         self._smoothed: float | None = None
         self._sinks: list[Sink] = []
         self._opened = not ranks.is_main
+        self._status_warned = False
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Collect, and report when due."""
@@ -81,7 +83,8 @@ class ReportHook:
     def write(self, row: Mapping[str, Any]) -> None:
         """Give a row of something else, such as validation, to the sinks; on rank 0, nothing on the others."""
         self.open(row["step"])
-        write_all(self._sinks, row)
+        for sink in self._sinks:
+            sink.write(row)
 
     def sinks(self, step: int) -> Sequence[Sink]:
         """Return the open sinks, none but on rank 0."""
@@ -89,7 +92,7 @@ class ReportHook:
         return self._sinks
 
     def close(self) -> None:
-        """Flush and close the sinks."""
+        """Flush and close the sinks; never raises."""
         for sink in self._sinks:
             sink.close()
 
@@ -99,16 +102,27 @@ class ReportHook:
             return
         self._opened = True
         metrics = self._run_dir / METRICS_NAME
-        keep_metrics_before(metrics, first_step)
+        try:
+            keep_metrics_before(metrics, first_step)
+        except OSError as error:
+            logger.warning("%s: keeps rows of step %d and later that are done again: %s", metrics, first_step, error)
         if metrics.is_file():
             self._smoothed = next(
                 (v for v in map(_smoothed_of, reversed(metrics.read_text().splitlines())) if v is not None), None
             )
-        self._sinks.append(MetricsFile(self._run_dir))
+        self._sinks.append(Lenient(MetricsFile(self._run_dir)))
         if self._tensorboard:
-            self._sinks.append(TensorBoard(self._run_dir, first_step))
+            self._sinks.append(Lenient(TensorBoard(self._run_dir, first_step)))
         if self._wandb_project:
-            self._sinks.append(Wandb(self._run_dir, self._wandb_project, self._config))
+            self._open_wandb(self._wandb_project)
+
+    def _open_wandb(self, project: str) -> None:
+        try:
+            self._sinks.append(Lenient(Wandb(self._run_dir, project, self._config)))
+        except WanDistError:
+            raise
+        except Exception as error:  # no network, no key: whatever wandb raises
+            logger.warning("this run is not reported to wandb: %s", error)
 
     def _report(self, state: TrainState) -> float:
         pending, self._pending = self._pending, []
@@ -200,11 +214,15 @@ class ReportHook:
             *(row["step"], self._num_steps, row["loss"], row["grad_norm"], row["lr"], row["step_s"], mfu),
             _clock(remaining_s),
         )
-        write_all(self._sinks, row)
+        self.write(row)
         try:
             write_status(self._run_dir, "training", num_steps=self._num_steps, eta_s=remaining_s, **row)
         except OSError as error:
-            logger.warning("status.json of step %d could not be written: %s", row["step"], error)
+            if not self._status_warned:
+                logger.warning(
+                    "status.json of step %d could not be written: %s. This is not said again.", row["step"], error
+                )
+            self._status_warned = True
 
 
 def decile_names(means: Sequence[float | None]) -> dict[str, float | None]:
@@ -213,7 +231,10 @@ def decile_names(means: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _smoothed_of(line: str) -> float | None:
-    return json.loads(line).get("loss_smooth")
+    try:
+        return json.loads(line).get("loss_smooth")
+    except ValueError:
+        return None  # torn, and the disk too full to drop it
 
 
 def _clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.loras import Trained, distance, output_of, tiny_transformer, trained_lora
+from wan_dist.adapters.lora_formats import lora_tensors
 from wan_dist.models.wan.keys import module_to_original
 
 EXACT = 2e-6  # fp32, the scale applied in another place than peft applies it
@@ -69,6 +70,7 @@ TABLE: dict[str, tuple[str, Writer, Any]] = {
     "original, embedders and head, alpha": ("all", original("lora_A", "lora_B", alpha=True), ValueError),
     "kohya, all of the blocks": ("full", kohya, EXACTLY),
     "kohya, q and v": ("qv", kohya, KeyError),
+    "kohya, embedders and head": ("all", kohya, IndexError),
 }
 
 
@@ -95,6 +97,19 @@ def test_diffusers_loads_a_file(row: str, tmp_path: Path) -> None:
     pipeline.load_lora_weights(str(file))
     off = distance(output_of(pipeline.transformer), output_of(trained.model))
     assert off < EXACT if result == EXACTLY else off > 0.02
+
+
+@pytest.mark.parametrize(
+    ("layout", "targets", "error"),
+    [("comfyui", "full", ValueError), ("kohya", "full", ValueError), ("kohya", "all", IndexError)],
+)
+def test_diffusers_refuses_the_dora_of_other_programs(
+    layout: str, targets: str, error: type[Exception], tmp_path: Path
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file(lora_tensors(trained_lora(targets=targets, use_dora=True).weights, layout, torch.float32), file)
+    with pytest.raises(error):
+        two_transformers().load_lora_weights(str(file))
 
 
 @pytest.mark.parametrize("prefix", ["transformer", "transformer_2"])

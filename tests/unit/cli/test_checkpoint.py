@@ -1,8 +1,10 @@
 """`wan-dist checkpoint`, and what docs/checkpoints.md says of commands and keys."""
 
 import json
+import os
 import re
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tests.checkpoints import write_run
 from wan_dist.cli.main import app
 from wan_dist.config.schema_run import CheckpointConfig
 from wan_dist.core.errors import CheckpointError
+from wan_dist.io import trust
+from wan_dist.io.checkpoint import commit
 from wan_dist.io.run_folder import claim_run
 
 DOCS = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
@@ -51,6 +55,20 @@ def test_list_shows_the_newest_first_and_reads_no_file(run: Path) -> None:
     text = command("list", run)[1].splitlines()
     assert text[0].split()[:3] == ["step", "saved", "GB"]
     assert "complete" in text[1]
+
+
+def test_the_time_of_the_save_survives_a_copy_and_old_manifests_are_read(tmp_path: Path) -> None:
+    temporary = tmp_path / "checkpoints" / ".tmp-step-00000003"
+    temporary.mkdir(parents=True)
+    manifest = {"version": 2, "step": 3, "world_size": 1, "zero_stage": 3, "components": [], "state": {}, "files": {}}
+    before = time.time()
+    folder = commit(temporary, manifest)
+    os.utime(folder, (9.0, 9.0))  # as `cp -r` gives it another
+    assert before <= json.loads(command("list", tmp_path, "--json")[1])[0]["saved"] <= time.time()
+    (folder / "manifest.json").write_text(json.dumps(trust.sign(manifest)))
+    os.utime(folder, (9.0, 9.0))
+    (row,) = json.loads(command("list", tmp_path, "--json")[1])
+    assert (row["saved"], row["problems"]) == (9.0, [])
 
 
 def test_verify_names_the_damaged_file_and_fails(run: Path) -> None:

@@ -104,6 +104,13 @@ def test_one_expert_alone(base: Path, trained: Any, tmp_path: Path) -> None:
         export(run, tmp_path / "e", expert="high_noise")
 
 
+def test_the_card_of_one_expert_names_that_one(base: Path, trained: Any, tmp_path: Path) -> None:
+    run = full_run(tmp_path / "run", base, trained)
+    for number, (expert, said) in enumerate([("low_noise", "low_noise"), (None, "high_noise, low_noise")]):
+        out = export(run, tmp_path / f"out-{number}", "comfyui", expert=expert)
+        assert f"| trained | {said} |" in (out / "README.md").read_text()
+
+
 def test_headers_and_card_say_where_the_weights_come_from(base: Path, trained: Any, tmp_path: Path) -> None:
     out = export(full_run(tmp_path / "run", base, trained), tmp_path / "mine", "comfyui", dtype=torch.bfloat16)
     content = (out / "mine_low_noise.safetensors").read_bytes()

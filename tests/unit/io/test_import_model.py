@@ -73,6 +73,9 @@ def test_single_files_of_two_experts(tmp_path: Path) -> None:
     variant = ("--variant", "t2v-A14B", "--base", base)
     with pytest.raises(ModelError, match="say by --expert which one this is"):
         call(high, tmp_path / "out", *variant)
+    for swapped in ([high, "--expert", "low_noise"], [low, "--expert", "high_noise"], [low, "--low", high]):
+        with pytest.raises(ModelError, match=r"is for the \w+ expert and was given for the \w+ one"):
+            call(swapped[0], tmp_path / "out", *swapped[1:], *variant)
     call(high, tmp_path / "both", "--low", low, *variant, "--dtype", "bf16")
     call(low, tmp_path / "one", "--expert", "low_noise", *variant)
     for folder, component in (("both", "transformer"), ("both", "transformer_2"), ("one", "transformer_2")):

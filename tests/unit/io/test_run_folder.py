@@ -51,21 +51,43 @@ def test_a_run_whose_process_is_gone_is_marked_failed(tmp_path: Path) -> None:
     write_status(tmp_path, "training", step=3)
     status = read_status(tmp_path)
     (tmp_path / "status.json").write_text(json.dumps({**status, "pid": gone_pid()}))
-    mark_failed(tmp_path, "a rank was killed")
+    mark_failed(tmp_path, "a rank was killed", 1)
     marked = read_status(tmp_path)
     assert (marked["state"], marked["step"], marked["error"]) == ("failed", 3, "a rank was killed")
+    assert marked["exit_code"] == 1
+
+
+def test_who_knows_better_replaces_what_a_rank_said_of_this_job_only(tmp_path: Path) -> None:
+    write_status(tmp_path, "failed", step=3, error="connection closed by peer")
+    said = read_status(tmp_path)["time"]
+    mark_failed(tmp_path, "later guess", 1)
+    mark_failed(tmp_path, "rank 1 was ended by SIGKILL", 1, known_better_since=said + 1)
+    assert read_status(tmp_path)["error"] == "connection closed by peer"
+    mark_failed(tmp_path, "rank 1 was ended by SIGKILL", 1, known_better_since=said - 1)
+    assert read_status(tmp_path)["error"] == "rank 1 was ended by SIGKILL"
+
+
+def test_a_status_that_cannot_be_written_is_one_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_status(tmp_path, "training", step=3)
+    (tmp_path / ".status.json.tmp").mkdir()  # where the new text would be written
+    mark_failed(tmp_path, "the first error", 1)
+    assert read_status(tmp_path)["state"] == "training"
+    (record,) = caplog.records
+    assert "status.json could not be written" in record.message
 
 
 def test_what_ended_or_runs_elsewhere_is_not_marked(tmp_path: Path) -> None:
-    mark_failed(tmp_path, "no run here")
+    mark_failed(tmp_path, "no run here", 1)
     assert not (tmp_path / "status.json").exists()
     write_status(tmp_path, "finished", step=3)
-    mark_failed(tmp_path, "too late")
+    mark_failed(tmp_path, "too late", 1)
     assert read_status(tmp_path)["state"] == "finished"
     write_status(tmp_path, "training", step=3)
     status = read_status(tmp_path)
     (tmp_path / "status.json").write_text(json.dumps({**status, "pid": os.getppid()}))
-    mark_failed(tmp_path, "of another job")
+    mark_failed(tmp_path, "of another job", 1)
     assert read_status(tmp_path)["state"] == "training"
 
 

@@ -61,6 +61,39 @@ def test_a_rank_killed_by_the_system_is_named() -> None:
         run_ranks(python("raise SystemExit(247)"))
 
 
+def test_the_rank_that_was_killed_is_named_though_the_launcher_saw_another_fail() -> None:
+    rank = "import os, time; time.sleep(1); os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); time.sleep(600)"
+    launcher = (
+        "import os, subprocess, sys, time\n"
+        f"ranks = [subprocess.Popen([sys.executable, '-c', {rank!r}], env={{**os.environ, 'RANK': r}}) for r in '01']\n"
+        "time.sleep(3)\n"  # looks once a second
+        "ranks[0].terminate(), ranks[0].wait()\n"
+        "sys.exit(1)\n"
+    )
+    with pytest.raises(LaunchError, match="rank 1 was ended by SIGKILL; out of memory"):
+        run_ranks(python(launcher))
+
+
+def test_a_rank_that_says_that_it_failed_did_not_end_by_the_signal(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "time.sleep(600)\n"
+    )
+    launcher = (
+        "import subprocess, sys, time\n"
+        "status = subprocess.run(sys.argv[1:]).returncode\n"
+        "time.sleep(1)\n"  # a signal now would cost the status
+        "sys.exit(status)\n"
+    )
+    process = subprocess.Popen(python(RUN_RANKS, *python(launcher, *python(program, marker))))
+    wait_until(marker.exists, 60, "the command started")
+    process.terminate()
+    assert process.wait(timeout=30) == 1
+
+
 def test_a_command_that_does_not_exist_is_named() -> None:
     with pytest.raises(LaunchError, match="/nowhere/python: cannot be started"):
         run_ranks(["/nowhere/python"])
