@@ -61,5 +61,6 @@ def launch(
         raise
     finally:
         # Nothing runs any more: a rank that was killed could not say so itself.
-        mark_failed(Path(cfg.run_dir), "the job ended before the run could say why", status)
+        if status:
+            mark_failed(Path(cfg.run_dir), "the job ended before the run could say why", status)
     raise typer.Exit(status)
