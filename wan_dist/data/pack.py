@@ -16,7 +16,7 @@ from wan_dist.data.pack_local import run_local
 from wan_dist.data.pack_ray import run_ray
 from wan_dist.data.pack_rules import ClipRules
 from wan_dist.data.pack_shard import ShardTask
-from wan_dist.data.pack_state import JOURNAL_NAME, DoneShard, locked, read_journal, settle_plan
+from wan_dist.data.pack_state import JOURNAL_NAME, DoneShard, locked, read_journal, settle_plan, without_damaged
 from wan_dist.data.plan import plan_pack
 from wan_dist.data.same_content import drop_same_content
 from wan_dist.data.shard_format import remove_leftovers
@@ -114,6 +114,9 @@ def pack_clips(
         remove_leftovers(out_dir)
         settle_plan(out_dir, plan, restart)
         done = read_journal(out_dir)
+        if done and (len(done) < len(plan.shards) or not (out_dir / MANIFEST_NAME).exists()):
+            # A finished pack is left to `wan-data verify`: giving the command again should cost nothing.
+            done = without_damaged(out_dir, done, num_workers)
         resumed = len(done)
         if resumed < len(plan.shards):
             (out_dir / MANIFEST_NAME).unlink(missing_ok=True)

@@ -2,17 +2,22 @@
 
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from wan_dist.core.errors import DataError
+from wan_dist.core.hashing import sha256_of
 from wan_dist.data.index import MANIFEST_NAME, ShardEntry
 from wan_dist.data.plan import SHARD_NAME, PackPlan
 from wan_dist.data.probe import Reject
 from wan_dist.data.shard_format import write_file
+
+logger = logging.getLogger(__name__)
 
 PLAN_NAME: Final = "plan.json"
 JOURNAL_NAME: Final = "journal.jsonl"
@@ -109,3 +114,28 @@ def read_journal(out_dir: Path) -> dict[int, DoneShard]:
         if all((out_dir / n).exists() and (out_dir / n).stat().st_size == size for n, size in files.items()):
             done[shard.number] = shard
     return done
+
+
+def without_damaged(out_dir: Path, done: dict[int, DoneShard], num_threads: int) -> dict[int, DoneShard]:
+    """Return the shards whose files still have the hashes in the journal; the others are logged.
+
+    Args:
+        out_dir: where they lie.
+        done: finished shards by number.
+        num_threads: files hashed at the same time.
+    """
+
+    def is_whole(shard: DoneShard) -> bool:
+        entry = shard.entry
+        wanted = {entry.name: entry.sha256, entry.index_name: entry.index_sha256}
+        try:
+            damaged = [name for name, sha256 in wanted.items() if sha256_of(out_dir / name) != sha256]
+        except OSError as error:
+            damaged = [f"{error.filename}: {error.strerror}"]
+        if damaged:
+            logger.warning("%s: changed since it was written (%s); packing it again", out_dir, ", ".join(damaged))
+        return not damaged
+
+    with ThreadPoolExecutor(num_threads, "hash") as pool:
+        whole = pool.map(is_whole, done.values())
+        return {number: shard for (number, shard), good in zip(done.items(), whole, strict=True) if good}

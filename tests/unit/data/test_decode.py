@@ -137,6 +137,29 @@ def test_colours_of_a_resize_are_those_of_the_formulas(tmp_path: Path, full_rang
     assert np.abs(found - wanted).mean() < 1.0
 
 
+@pytest.mark.parametrize(("tag", "red_share", "blue_share"), [(None, 0.299, 0.114), (1, 0.2126, 0.0722)])
+def test_the_matrix_is_that_of_the_tag_and_without_one_bt601_even_of_hd(
+    tmp_path: Path, tag: int | None, red_share: float, blue_share: float
+) -> None:
+    """As docs/data.md says; one plain colour, decoded by the formulas of BT.601 and BT.709."""
+    path, (luma, blue, red) = tmp_path / "hd.mkv", (120, 100, 170)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        if tag is not None:
+            stream.codec_context.colorspace = tag
+        planes = [np.full((720, 1280), luma), np.full((180, 1280), blue), np.full((180, 1280), red)]
+        frame = av.VideoFrame.from_ndarray(np.concatenate(planes).astype(np.uint8), "yuv420p")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    y, b, r = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
+    rgb = [y + 2 * (1 - red_share) * r, 0.0, y + 2 * (1 - blue_share) * b]
+    rgb[1] = (y - red_share * rgb[0] - blue_share * rgb[2]) / (1 - red_share - blue_share)
+    found = decode_clip(path, Bucket(64, 36, 1), fps=24)[0].reshape(-1, 3).mean(axis=0)
+    # Rounding moves a colour by a level or two, the other matrix by over ten.
+    np.testing.assert_allclose(found, np.array(rgb) * 255, atol=2)
+
+
 def test_crop_places() -> None:
     bucket = Bucket(40, 40, 1)
     assert crop_window(160, 80, bucket, (0.5, 0.5)).x == 20

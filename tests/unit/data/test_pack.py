@@ -119,6 +119,21 @@ def test_a_lost_or_cut_shard_is_written_again(clips: Path, tmp_path: Path) -> No
     assert contents(tmp_path) == before
 
 
+def test_a_shard_that_changed_before_a_resume_is_written_again(
+    clips: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pack_clips(clips, tmp_path, shard_clips=2)
+    before = contents(tmp_path)
+    (tmp_path / "manifest.json").unlink()  # as if killed
+    for name in ("data-000001.tar", "data-000003.idx.npy"):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / name).write_bytes(content)
+    assert pack_clips(clips, tmp_path, shard_clips=2, num_workers=2).resumed_shards == 4
+    assert contents(tmp_path) == before
+    assert "changed since it was written (data-000001.tar); packing it again" in caplog.text
+
+
 def test_a_folder_under_repair_does_not_look_whole(clips: Path, tmp_path: Path) -> None:
     pack_clips(clips, tmp_path, shard_clips=2)
     (tmp_path / "data-000001.tar").unlink()
