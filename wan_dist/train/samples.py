@@ -1,5 +1,6 @@
 """Videos drawn in the middle of training, by diffusers' own pipelines around the engines' modules."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 import torch.distributed
@@ -164,7 +166,7 @@ class SampleHook:
                 job = self._jobs[min(place, len(self._jobs) - 1)]
                 latents = self._latents(job)
                 if place < len(self._jobs) and ranks.rank % ranks.sequence_size == 0:
-                    self._keep(step, job, self._decode(latents))
+                    keep_video(self._folder / f"step-{step:08d}", job, self._decode(latents), self._shape.fps)
         vae.to("cpu")
         if self._ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -202,13 +204,6 @@ class SampleHook:
         frames = self._pipeline.video_processor.postprocess_video(video, output_type="np")[0]
         return (frames * 255.0).round().clip(0, 255).astype(np.uint8)
 
-    def _keep(self, step: int, job: SampleJob, frames: NDArray[np.uint8]) -> None:
-        folder = self._folder / f"step-{step:08d}"
-        write_mp4(folder / f"{job.number:03d}.mp4", frames, self._shape.fps)
-        shown = np.linspace(0, len(frames) - 1, min(_STRIP_FRAMES, len(frames))).round().astype(int)
-        Image.fromarray(np.concatenate(list(frames[shown]), axis=1)).save(folder / f"{job.number:03d}.png")
-        (folder / f"{job.number:03d}.txt").write_text(f"{job.prompt}\n", encoding="utf-8")
-
     def _report(self, step: int) -> None:
         """Give the strips, which all ranks have written by now, to the sinks."""
         for job in self._jobs:
@@ -217,3 +212,25 @@ class SampleHook:
                 strip = np.asarray(Image.open(path).convert("RGB"))
                 for sink in self._reports.sinks(step):
                     sink.image(f"samples/{job.number:03d}", step, strip)
+
+
+def keep_video(folder: Path, job: SampleJob, frames: NDArray[np.uint8], fps: float) -> None:
+    """Write a video, a strip of its frames and its prompt; on a full or broken disk warn and leave nothing.
+
+    Args:
+        folder: of the step's samples.
+        job: names the files.
+        frames: [F, H, W, 3] RGB in 0..255.
+        fps: of the video.
+    """
+    video, strip, prompt = (folder / f"{job.number:03d}{suffix}" for suffix in (".mp4", ".png", ".txt"))
+    shown = np.linspace(0, len(frames) - 1, min(_STRIP_FRAMES, len(frames))).round().astype(int)
+    try:
+        write_mp4(video, frames, fps)
+        Image.fromarray(np.concatenate(list(frames[shown]), axis=1)).save(strip)
+        prompt.write_text(f"{job.prompt}\n", encoding="utf-8")
+    except (OSError, av.FFmpegError) as error:
+        logger.warning("%s is lost: %s. Training goes on.", video, error)
+        for path in (video, video.with_name(f".{video.name}.tmp"), strip, prompt):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)

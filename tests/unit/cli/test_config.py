@@ -44,11 +44,11 @@ def test_validate_says_valid_or_names_each_problem_and_exits_2(
     ]
 
 
-def test_validate_paths_names_missing_folders_and_exits_1(
+def test_validate_paths_names_missing_folders_and_exits_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "config", "validate", TI2V, "--paths") == 1
+    assert run(monkeypatch, "config", "validate", TI2V, "--paths") == 2
     assert "model.path = models/Wan2.2-TI2V-5B-Diffusers: there is no such folder" in capsys.readouterr().err
 
 
