@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from wan_dist.core.buckets import Bucket
+from wan_dist.data.clips import ClipDataset
 from wan_dist.data.decode import decode_clip
 from wan_dist.data.index import open_shards
 from wan_dist.data.media import MediaError
@@ -106,6 +108,31 @@ def test_videos_are_shown_as_pillow_shows_images_and_transcoding_keeps_that(tmp_
             content = opened.tar(0).read_range(int(row["media_offset"]), int(row["media_size"]))
             assert (content == (clips / f"{orientation}.mp4").read_bytes()) == (not rules.transcode)
             assert_shown(decode_clip(content, Bucket(width, height, 2), fps=24)[1], orientation)
+
+
+@pytest.mark.parametrize("transcode", [None, "480p"])
+def test_masks_are_mirrored_as_their_clips_are(tmp_path: Path, transcode: Literal["480p"] | None) -> None:
+    """A mask that is mirrored itself and one that is drawn as the clip is shown cover the same corner."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("stored", "drawn"):
+        write_video(clips / f"{name}.mp4", 7)
+        (clips / f"{name}.txt").write_text("quarters")
+    mask = Image.new("L", SIZE)
+    mask.paste(255, (0, 0, SIZE[0] // 2, SIZE[1] // 2))
+    mask.getexif()[EXIF_ORIENTATION] = 7
+    mask.save(clips / "stored.mask.png", exif=mask.getexif())
+    ImageOps.exif_transpose(mask).save(clips / "drawn.mask.png")
+    pack_clips(clips, tmp_path / "shards", rules=ClipRules(transcode=transcode))
+    dataset = ClipDataset.open(tmp_path / "shards", sizes=[(SIZE[1], SIZE[0])], num_frames=[1], fps=24.0)
+    for key in ("stored", "drawn"):
+        clip = dataset.locate(*dataset.find(key), choice=0.0, crop_xy=(0.5, 0.5))
+        found = dataset.mask(clip)
+        assert found is not None
+        assert corners(found[0])[..., 0].tolist() == [[0, 0], [0, 255]]
+        # The red quarter, which the mask covers.
+        assert_shown(dataset.frames(clip)[0], 7)
+        assert corners(dataset.frames(clip)[0])[1, 1].argmax() == 0
 
 
 def test_a_frame_without_a_matrix_is_upright_and_a_slanted_one_is_rejected(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from wan_dist.data.clips import ClipDataset
 from wan_dist.data.disk_cache import CachedStore
 from wan_dist.data.fsspec_store import FsspecStore
 from wan_dist.data.http_store import HttpStore
-from wan_dist.data.index import open_shards
+from wan_dist.data.index import open_shards, open_unchecked
 from wan_dist.data.mixture import ShardSource
 from wan_dist.data.pack import pack_clips
 from wan_dist.data.reader import locate, read_member
@@ -132,6 +132,8 @@ def test_s3_is_read_by_ranges_and_replacement_is_noticed(bucket: s3fs.S3FileSyst
     row = opened.index(1)[0]
     tar = bucket.cat_file("clips/shards/data-000001.tar")
     bucket.pipe_file("clips/shards/data-000001.tar", tar[:-10_240])
+    wrong_size = f"has {len(tar) - 10_240} bytes instead of {len(tar)}"
+    assert wrong_size in {damage.what for damage in verify_shards(open_unchecked(where))}
     with pytest.raises(StorageError, match="bytes instead of"):
         read_member(locate(open_shards(where).tar(1), row, "media"))
     with pytest.raises(DataError, match=r"no manifest\.json"):

@@ -88,3 +88,14 @@ def test_webdataset_is_imported_in_its_safe_mode(tars: Path) -> None:
         "stream._secure_webdataset(); import webdataset.utils; assert webdataset.utils.enforce_security"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_names_with_dots_find_their_captions(tars: Path, tmp_path: Path) -> None:
+    with tarfile.open(tars / "data-000000.tar") as source, tarfile.open(tmp_path / "dotted.tar", "w") as tar:
+        for name, renamed in (("0.mp4", "a.b.c.mp4"), ("0.txt", "a.b.c.txt")):
+            info = tarfile.TarInfo(renamed)
+            content = source.extractfile(name)
+            assert content is not None
+            info.size = source.getmember(name).size
+            tar.addfile(info, content)
+    assert captions(open_stream(tmp_path / "dotted.tar"), 1) == ["caption 0"]
