@@ -14,6 +14,7 @@ from wan_dist.models.wan.variants import get_variant
 _BLOCKS = r"blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ffn\.net\.(0\.proj|2))"
 TARGETS = {
     "full": _BLOCKS,
+    "attention": r"blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
     "qv": r"blocks\.\d+\.attn[12]\.to_(q|v)",
     "all": _BLOCKS + r"|proj_out|condition_embedder\..*(linear_[12]|time_proj)",
 }

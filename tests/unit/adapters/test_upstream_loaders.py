@@ -70,6 +70,7 @@ TABLE: dict[str, tuple[str, Writer, Any]] = {
     "original, embedders and head, alpha": ("all", original("lora_A", "lora_B", alpha=True), ValueError),
     "kohya, all of the blocks": ("full", kohya, EXACTLY),
     "kohya, q and v": ("qv", kohya, KeyError),
+    "kohya, attention": ("attention", kohya, KeyError),
     "kohya, embedders and head": ("all", kohya, IndexError),
 }
 
