@@ -249,7 +249,8 @@ def _prompts(cfg: TrainConfig) -> list[str]:
 def _images(cfg: TrainConfig) -> list[Image.Image | None]:
     if not cfg.samples.images:
         return [None] * len(_prompts(cfg))
-    return [ImageOps.fit(Image.open(path).convert("RGB"), _size(cfg)) for path in cfg.samples.images]
+    upright = (ImageOps.exif_transpose(Image.open(path)) for path in cfg.samples.images)  # as clips are read
+    return [ImageOps.fit(image.convert("RGB"), _size(cfg)) for image in upright]
 
 
 def _size(cfg: TrainConfig) -> tuple[int, int]:

@@ -4,8 +4,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from wan_dist.train.watching import _images
 
 # On a small disk: the first video, or the strip beside it, does not fit; once a filler is gone the second does.
 FULL = """
@@ -42,3 +48,16 @@ def test_a_full_disk_costs_the_video_and_no_half_of_it_stays(tmp_path: Path, tak
     full, freed = done.stdout.splitlines()
     assert full == "[]"
     assert freed == "['001.mp4', '001.png', '001.txt']"
+
+
+def test_a_given_first_frame_is_turned_as_its_photo_says(tmp_path: Path) -> None:
+    upright = np.zeros((32, 64, 3), np.uint8)
+    upright[:, :32] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: viewers turn it clockwise
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "photo.png", exif=exif)
+    samples = SimpleNamespace(images=[str(tmp_path / "photo.png")], size=(64, 32))
+    cfg: Any = SimpleNamespace(samples=samples)
+    (image,) = _images(cfg)
+    assert image is not None
+    assert np.array_equal(np.asarray(image), upright)
