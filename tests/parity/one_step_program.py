@@ -85,7 +85,9 @@ def _in_bf16(cfg, variant, ranks, build) -> dict[str, torch.Tensor]:
         module = expert.engine.module
         kept[f"bf16.{stage}.rope"] = torch.stack([module.rope.freqs_cos, module.rope.freqs_sin]).contiguous()
         for name, parameter in module.named_parameters():
-            kept[f"bf16.{stage}.master.{name}"] = safe_get_full_fp32_param(parameter).clone()
+            master = safe_get_full_fp32_param(parameter)
+            assert master is not None, name
+            kept[f"bf16.{stage}.master.{name}"] = master.clone()
     return kept
 
 

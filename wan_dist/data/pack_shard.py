@@ -18,6 +18,7 @@ from wan_dist.data.prepare import Piece, Prepared
 from wan_dist.data.probe import WARNINGS, Reject
 from wan_dist.data.probe_worker import Prober
 from wan_dist.data.shard_format import TMP_MARK, Member, ShardWriter, write_file, write_shard
+from wan_dist.data.source_files import Source
 from wan_dist.data.spans import FileSpan
 
 
@@ -129,7 +130,7 @@ def _add_sample(writer: ShardWriter, source_dir: Path, clip: PlannedClip, piece:
     num_bytes = Path(piece.file).stat().st_size if piece.file else source.num_bytes
     members.append(_add_file(writer, f"{key}.{extension}", media, num_bytes))
     if source.mask:
-        span = FileSpan(source_dir / source.mask)
+        span = _mask_span(source_dir, source)
         members.append(_add_file(writer, f"{key}{_mask_extension(source.mask)}", span, source.mask_bytes))
     else:
         members.append(Member(0, 0, 0))
@@ -143,7 +144,12 @@ def _mask_problem(source_dir: Path, clip: PlannedClip, prepared: Prepared, probe
     source = clip.source
     if not (source.mask and prepared.pieces):
         return None
-    return mask_problem(prober.probe(source_dir / source.mask, source.mask), prepared.pieces, source.path)
+    return mask_problem(prober.probe(_mask_span(source_dir, source), source.mask), prepared.pieces, source.path)
+
+
+def _mask_span(source_dir: Path, source: Source) -> FileSpan:
+    path = source_dir / (source.mask_file or source.mask)
+    return FileSpan(path, source.mask_offset, source.mask_bytes) if source.mask_file else FileSpan(path)
 
 
 def _mask_extension(mask: str) -> str:

@@ -41,14 +41,14 @@ class Prober:
         self._timeout_s = timeout_s
         self._worker = LineWorker(module, timeout_s=timeout_s)
 
-    def probe(self, path: Path, name: str) -> ClipInfo | Reject:
-        """Return what the file holds, or why it cannot be used; never raises on a bad file.
+    def probe(self, span: FileSpan, name: str) -> ClipInfo | Reject:
+        """Return what a file holds, or why it cannot be used; never raises on a bad file.
 
         Args:
-            path: the file.
+            span: the file, or a part of one.
             name: how a `Reject` names it.
         """
-        prepared = self.prepare(FileSpan(path), name, ClipRules(), path.parent)
+        prepared = self.prepare(span, name, ClipRules(), span.path.parent)
         return prepared.pieces[0].info if prepared.pieces else prepared.rejects[0]
 
     def prepare(self, span: FileSpan, name: str, rules: ClipRules, work_dir: Path) -> Prepared:

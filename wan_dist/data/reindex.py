@@ -32,6 +32,7 @@ from wan_dist.data.probe_worker import Prober
 from wan_dist.data.reader import CAPTION_KEYS, locate, read_member
 from wan_dist.data.shard_format import write_file
 from wan_dist.data.source_files import CLIP_EXTENSIONS
+from wan_dist.data.spans import FileSpan
 from wan_dist.data.stores import LocalStore, Store, StoredFile
 from wan_dist.data.tar_walk import RENAME, TarMember, TarSample, index_key, member_named, split_name, walk_tar
 
@@ -273,4 +274,4 @@ def probe_bytes(content: bytes, extension: str, name: str, prober: Prober | None
     with tempfile.NamedTemporaryFile(suffix=f".{extension.rpartition('.')[2]}") as stream:
         stream.write(content)
         stream.flush()
-        return prober.probe(Path(stream.name), name)
+        return prober.probe(FileSpan(Path(stream.name)), name)

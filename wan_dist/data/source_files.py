@@ -35,9 +35,12 @@ class Source:
         file: file that holds the clip, relative to the source folder or absolute.
         offset: where the clip starts in that file, bytes; 0 where it is the file.
         concept: name of the concept that it belongs to, or empty.
-        mask: file of its mask, relative to the source folder or absolute; empty without.
+        mask: name of its mask; where `mask_file` is empty, the file, relative to the source folder or absolute. Empty
+            without a mask.
         mask_bytes: size of the mask, bytes.
-        mask_mtime_ns: time of the mask's last change, nanoseconds.
+        mask_mtime_ns: time of the last change of the mask's file, nanoseconds.
+        mask_file: file that holds the mask.
+        mask_offset: where the mask starts in that file, bytes.
     """
 
     path: str
@@ -50,6 +53,8 @@ class Source:
     mask: str = ""
     mask_bytes: int = 0
     mask_mtime_ns: int = 0
+    mask_file: str = ""
+    mask_offset: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from wan_dist.data.captions import parse_sidecar
+from wan_dist.data.masks import clip_of_mask
 from wan_dist.data.probe import Reject
 from wan_dist.data.source_files import CLIP_EXTENSIONS, FOREIGN_EXTENSIONS, Listing, Source, is_utf8
 from wan_dist.data.tar_walk import RENAME, split_name
@@ -65,6 +67,8 @@ def _sample(
 ) -> Iterator[Source | Reject]:
     """Yield the clip of a group of members, if it has any."""
     media = [m for m in members if _extension(m) in CLIP_EXTENSIONS + FOREIGN_EXTENSIONS]
+    masks = [m for m in media if clip_of_mask(m.name) is not None] if len(media) > 1 else []
+    media = [m for m in media if m not in masks]
     if not media:
         return
     clip = media[0]
@@ -82,7 +86,19 @@ def _sample(
         if isinstance(captions, Reject):
             yield captions
         else:
-            yield Source(path, clip.size, mtime_ns, captions, name, clip.offset_data)
+            source = Source(path, clip.size, mtime_ns, captions, name, clip.offset_data)
+            yield _with_mask(source, masks[0], name) if masks else source
+
+
+def _with_mask(source: Source, mask: tarfile.TarInfo, tar: str) -> Source:
+    return replace(
+        source,
+        mask=f"{tar}/{mask.name}",
+        mask_bytes=mask.size,
+        mask_mtime_ns=source.mtime_ns,
+        mask_file=tar,
+        mask_offset=mask.offset_data,
+    )
 
 
 def _captions(archive: tarfile.TarFile, members: list[tarfile.TarInfo], path: str) -> tuple[str, ...] | Reject:

@@ -22,6 +22,7 @@ from wan_dist.data.family import open_family
 from wan_dist.data.family_reader import FamilyReader
 from wan_dist.data.fingerprint import latents_fingerprint, text_fingerprint, text_identity, vae_identity
 from wan_dist.data.index import open_shards
+from wan_dist.data.pack import pack_clips
 from wan_dist.data.reindex import index_tar
 from wan_dist.models.wan.build import make_tiny_pipeline
 from wan_dist.models.wan.condition import latent_mask
@@ -67,6 +68,16 @@ def test_masks_that_do_not_fit_are_rejected_with_their_clip(packed: tuple[Path, 
     assert "its mask has 7 frames at 8 fps, the clip 12 at 8; export both alike" in said
     assert "no clip nobody beside it" in said
     assert (said.count('"bad_mask"'), said.count('"lone_mask"')) == (2, 1)
+
+
+def test_masks_in_tars_are_packed_with_their_clips(packed: tuple[Path, str], tmp_path: Path) -> None:
+    shards, _ = packed
+    again = pack_clips(shards, tmp_path / "again", source_format="tars")
+    assert (again.num_clips, again.rejects) == (3, {})
+    before, after = open_shards(shards), open_shards(tmp_path / "again")
+    masks = [{row["key"].split(b"_")[-1]: row["mask_crc32"] for row in found.index(0)} for found in (before, after)]
+    assert masks[0] == masks[1]
+    assert sum(row["mask_size"] > 0 for row in after.index(0)) == 2
 
 
 def test_a_lost_index_is_made_anew_with_its_masks(packed: tuple[Path, str]) -> None:

@@ -19,6 +19,7 @@ from wan_dist.core.buckets import Bucket
 from wan_dist.data.decode import decode_clip
 from wan_dist.data.probe import ClipInfo, Reject, probe_clip
 from wan_dist.data.probe_worker import Prober
+from wan_dist.data.spans import FileSpan
 
 
 def good(path: Path) -> ClipInfo:
@@ -123,11 +124,11 @@ def test_prober_survives_crash_and_hang(tmp_path: Path, monkeypatch: pytest.Monk
     clip = write_clip(tmp_path / "a.mp4", 3)
     with Prober(module="crashing_probe") as prober:
         for _ in range(2):
-            found = prober.probe(clip, "a.mp4")
+            found = prober.probe(FileSpan(clip), "a.mp4")
             assert isinstance(found, Reject)
             assert found.code == "probe_crash"
     with Prober(timeout_s=0.2, module="hanging_probe") as prober:
-        found = prober.probe(clip, "a.mp4")
+        found = prober.probe(FileSpan(clip), "a.mp4")
         assert isinstance(found, Reject)
         assert found.code == "probe_timeout"
 
@@ -136,8 +137,8 @@ def test_prober_answers_as_the_function_does(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "ä b.mp4", 3)
     (tmp_path / "bad.mp4").write_bytes(b"x")
     with Prober() as prober:
-        assert prober.probe(clip, clip.name) == probe_clip(clip, clip.name)
-        assert prober.probe(tmp_path / "bad.mp4", "bad.mp4") == probe_clip(tmp_path / "bad.mp4", "bad.mp4")
+        assert prober.probe(FileSpan(clip), clip.name) == probe_clip(clip, clip.name)
+        assert prober.probe(FileSpan(tmp_path / "bad.mp4"), "bad.mp4") == probe_clip(tmp_path / "bad.mp4", "bad.mp4")
 
 
 def test_probing_does_not_load_torch() -> None:
