@@ -1,5 +1,6 @@
 """Cached families: what is in them, how they are written, and what reading them gives."""
 
+import errno
 import hashlib
 import json
 import os
@@ -304,6 +305,19 @@ def test_a_flipped_bit_and_a_clip_that_was_not_cached_are_said(copied: tuple[Fam
     np.save(family.folder / family.manifest.shards[shard].index_name, rows)
     with pytest.raises(DataError, match=r"was not cached; journal/000001\.json"):
         FamilyReader(family).read(shard, row)
+
+
+def test_a_disk_that_fails_to_read_is_named(copied: tuple[Family, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    family, shard, row = copied
+    reader = FamilyReader(family)
+    assert reader.read(shard, row)
+
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(DataError, match=r"latents-000001\.tar: sample \w+: Input/output error; check the disk"):
+        reader.read(shard, row)
 
 
 @pytest.mark.parametrize(

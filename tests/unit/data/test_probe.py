@@ -88,6 +88,27 @@ def test_bad_files_are_rejected_with_code_and_hint(tmp_path: Path) -> None:
     assert missing.code == "missing_file"
 
 
+def without_stamps(stream: bytes) -> bytes:
+    """Clear the time stamps of all but the first frame of an MPEG transport stream (ISO 13818-1, 2.4.3.7)."""
+    content, num_frames = bytearray(stream), 0
+    for packet in range(0, len(content) - 187, 188):
+        start = content.find(b"\0\0\1\xe0", packet, packet + 188)
+        if content[packet + 1] & 0x40 and start >= 0:
+            num_frames += 1
+            if num_frames > 1:
+                content[start + 7] &= 0x3F  # flags: no PTS, no DTS; their bytes become stuffing
+                content[start + 9 : start + 9 + content[start + 8]] = b"\xff" * content[start + 8]
+    return bytes(content)
+
+
+def test_frames_without_time_stamps_are_rejected(tmp_path: Path) -> None:
+    whole = write_clip(tmp_path / "a.ts", 12, options={"bf": "0", "preset": "ultrafast"}).read_bytes()
+    assert isinstance(probe_clip(whole, "a.ts"), ClipInfo)
+    found = probe_clip(without_stamps(whole), "a.ts")
+    assert isinstance(found, Reject)
+    assert found.code == "no_timestamps"
+
+
 def test_what_needs_other_handling_is_named(tmp_path: Path) -> None:
     hdr = {"preset": "ultrafast", "x264-params": "transfer=smpte2084:colorprim=bt2020:colormatrix=bt2020nc"}
     path = write_clip(tmp_path / "hdr.mp4", 2, pix_fmt="yuv420p10le", options=hdr)
